@@ -1,0 +1,104 @@
+// A rank's connection to the daemon: control socket, segment, ring, arena, watchdog. No torch, no Python.
+//
+// All methods are thread-safe. Blocking ones hold no lock while they wait; the Python binding releases the GIL around
+// them. Once the daemon is dead every call returns kCoprocDied; after a fork the child's calls return kUnsupported.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "shm/base/result.h"
+#include "shm/protocol.h"
+
+namespace kt::client {
+
+struct ConnectOptions {
+  std::string address = "auto";  // "auto", "unix:/path" (KT_COPROC's values).
+  std::string fingerprint;       // "" = whatever the daemon serves.
+  std::string name;              // KT_COPROC_JOB.
+  std::uint64_t arena_bytes = shm::kArenaBytesDefault;
+};
+
+struct ModelInfo {
+  std::string path, architecture, fingerprint, weight_format, daemon_id;
+  std::uint32_t daemon_pid = 0;
+  std::uint32_t num_layers = 0, num_experts = 0, top_k = 0, hidden_size = 0, intermediate_size = 0;
+  std::vector<std::uint32_t> moe_layers;
+  std::uint32_t element_bytes = 2;
+};
+
+struct HalfSpec {
+  std::uint32_t r = 0;
+  double scaling = 0;
+};
+struct AdapterSpec {
+  std::vector<std::uint32_t> layers;
+  HalfSpec gate_up;
+  bool shared_a = false;
+  HalfSpec down;
+};
+struct JoinSpec {
+  std::string job_id, name;
+  std::uint32_t rank = 0, world_size = 1;
+  std::vector<std::uint32_t> members;
+  double timeout_seconds = 0;
+};
+
+struct TensorRef {
+  shm::TensorKind kind = shm::TensorKind::kParam;
+  std::uint32_t layer = 0;
+  shm::AdapterTensor tensor = shm::AdapterTensor::kGateA;
+  std::uint32_t first_expert = 0;
+  std::uint32_t num_experts = 0;
+};
+
+class Session {
+ public:
+  static Result<std::unique_ptr<Session>> connect(const ConnectOptions& options);
+  ~Session();  // bye.
+
+  const ModelInfo& model() const;
+
+  // Control.
+  Status create_adapter(std::uint32_t adapter_id, const AdapterSpec& spec);
+  Status delete_adapter(std::uint32_t adapter_id);
+  Result<std::uint64_t> join(const JoinSpec& spec);  // -> step
+
+  // Experts of one layer. Pointers are host memory; elements are bf16 bits, or f32 under weight format fp32. A call that
+  // does not fit the arena is split along tokens (consecutive act_ids of one logical activation are kept inside).
+  // act_id 0: keep nothing; else new_act_id(). flags: RequestFlag.
+  std::uint64_t new_act_id();
+  Status forward(std::uint32_t layer, std::uint32_t adapter_id, std::uint64_t act_id, std::uint8_t flags,
+                 std::uint32_t num_tokens, const void* x, const std::int32_t* ids, const float* weights, void* y);
+  Status fetch(std::uint64_t act_id, std::uint32_t num_tokens, void* y);
+  Status backward(std::uint64_t act_id, std::uint8_t flags, std::uint32_t num_tokens, const void* dy, void* dx,
+                  float* dw);
+  // Never blocks on the daemon and may run on any thread, also in a destructor: queued, sent before the next request.
+  void release(std::uint64_t act_id);
+
+  // Adapter tensors: f32[num_experts, rows, cols]; count = number of floats of `values`. Split to fit the arena.
+  Status read(std::uint32_t adapter_id, const TensorRef& ref, std::span<float> values);
+  Status write(std::uint32_t adapter_id, const TensorRef& ref, std::span<const float> values);
+
+  // Collectives of the job. group_of: u8[num_layers][6] (kFrozen = leave out).
+  Status barrier(std::uint32_t adapter_id);
+  Result<double> squared_norm(std::uint32_t adapter_id, std::span<const std::uint8_t> group_of);
+  Status discard(std::uint32_t adapter_id);
+  Status step(std::uint32_t adapter_id, double scale, std::span<const shm::StepGroup> groups,
+              std::span<const std::uint8_t> group_of);
+  std::uint64_t steps() const;  // STEPs of this job that completed, as this rank saw them.
+
+  // The status object of DESIGN §4, read from the status page.
+  nlohmann::json stats() const;
+  bool daemon_alive() const;
+
+ private:
+  struct State;
+  explicit Session(std::unique_ptr<State> state);
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace kt::client

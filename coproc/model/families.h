@@ -1,0 +1,51 @@
+// The model families the co-process can serve: one row says how a family's config.json and its expert tensors are
+// spelled. Supporting another family with the same mathematics means adding a row.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace kt::coproc {
+
+enum class Projection : std::uint8_t { kGate = 0, kUp = 1, kDown = 2 };
+
+// Expert tensors are called  <prefix>layers.<layer>.<experts_path>.<rest>  where <rest> is, for one tensor per expert
+// and projection, <expert>.<projection>.weight, and in the fused layout of transformers v5 <gate_up> [E, 2I, H], the
+// gate's I rows before the up's, or <down> [E, H, I].
+struct Family {
+  std::string_view model_type;                      // "qwen3_moe"
+  std::span<const std::string_view> architectures;  // What config.json's "architectures" may name.
+
+  // Keys of config.json. The first one present of each list counts.
+  std::span<const std::string_view> num_experts_keys;
+  std::string_view top_k_key;
+  std::string_view intermediate_size_key;
+
+  std::span<const std::string_view> prefixes;  // "model." below a head, "" for a saved base model.
+  std::string_view experts_path;               // "mlp.experts"
+  std::string_view projections[3];             // By Projection.
+  std::string_view fused_gate_up;
+  std::string_view fused_down;
+
+  std::string per_expert_name(std::string_view prefix, std::uint32_t layer, std::uint32_t expert,
+                              Projection projection) const;
+  std::string fused_name(std::string_view prefix, std::uint32_t layer, bool down) const;
+};
+
+std::span<const Family> families();
+
+// "Qwen3MoeForCausalLM, Qwen3MoeModel, …": every architecture of every row, for error messages.
+std::string supported_architectures();
+
+// The parts of a tensor name that lies under an experts module of this family.
+struct ExpertTensorName {
+  std::string_view prefix;  // One of family.prefixes.
+  std::uint32_t layer = 0;
+  std::string_view rest;  // "3.gate_proj.weight", "gate_up_proj", …; views the name.
+};
+// Empty for every other tensor of the model.
+std::optional<ExpertTensorName> parse_expert_name(const Family& family, std::string_view name);
+
+}  // namespace kt::coproc

@@ -1,0 +1,38 @@
+// The table for AVX512_BF16: 16 lanes, products in bf16 with fp32 accumulation.
+#include <immintrin.h>
+
+#include "kernels/cpu_features.h"
+#include "kernels/kernel_table.h"
+
+namespace kt::kernels::avx512 {
+namespace {
+using Element = std::uint16_t;
+constexpr int kLanes = 16;
+}  // namespace
+
+// clang-format off: each file uses the ones above it.
+#include "kernels/generic/vector.inl"
+#include "kernels/generic/layout.inl"
+#include "kernels/avx512/gemm.inl"
+#include "kernels/generic/rows.inl"
+#include "kernels/generic/training.inl"
+// clang-format on
+
+extern const KernelTable kTable;
+constinit const KernelTable kTable = {
+    .name = "avx512",
+    .required = kAvx512Bf16,
+    .element_bytes = sizeof(Element),
+    .pack = pack,
+    .transpose_panel = transpose_panel,
+    .gemm = gemm,
+    .round_rows = round_rows,
+    .gather = gather,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+    .lora_wgrad = lora_wgrad,
+    .sum_routes = sum_routes,
+    .adamw = adamw,
+};
+
+}  // namespace kt::kernels::avx512

@@ -1,0 +1,113 @@
+// The kernel interface: one table of function pointers per instruction set and element type.
+//
+// Packed weights. A matrix W[N,K] (N = output rows, both multiples of 32) is kept once, as N/32 panels:
+//   bf16: panel p = [K/2][32][2]: for each pair of k, the 32 rows' two elements side by side (two zmm, or two AMX B
+//         tiles, per 128-byte line);
+//   fp32: panel p = [K][32].
+// Panel p starts at p · panel_stride bytes: its size plus 576 (power-of-two strides alias in L1 and L2).
+// Gate and up of one expert are one matrix of 2I rows with their panels interleaved: panel 2i = gate rows 32i…, panel
+// 2i+1 = up rows 32i…. Every [m, 2I] array (gate_up, its gradient) has its columns in that order: 32 gate, 32 up, …
+//
+// One reduction order per table: an element of C is reduced over k ascending, in the same order for every m, every
+// number of panels and every position in them. Backward makes a panel of Wᵀ in scratch (transpose_panel) and calls
+// the same gemm. "element" is bf16 (std::uint16_t bits) or float, by element_bytes; all accumulation is fp32.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace kt::kernels {
+
+inline constexpr std::int64_t kPanelRows = 32;
+inline constexpr std::int64_t kPanelPadBytes = 576;
+
+// Bytes from one panel to the next of a matrix with k columns.
+constexpr std::int64_t panel_stride_bytes(std::int64_t k, std::int64_t element_bytes) {
+  return k * kPanelRows * element_bytes + kPanelPadBytes;
+}
+
+// A view of packed panels; `stride` is in bytes and may be a multiple of the natural one (every second panel).
+struct Panels {
+  const std::byte* data = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t num_panels = 0;  // N / 32
+  std::int64_t k = 0;           // a multiple of 32
+};
+
+// Scalars of one AdamW step of one parameter, computed in double as torch's single-tensor path does:
+//   decoupled: p *= 1 - lr·weight_decay; else g += weight_decay·p
+//   m += (g - m)(1 - beta1);  v = beta2·v + (1 - beta2)·g²;  p -= step_size · m / (sqrt(v)/bias_correction2_sqrt + eps)
+struct AdamwArgs {
+  float grad_scale;        // g = grad_scale · s
+  float decay;             // decoupled: 1 - lr·weight_decay, else 1
+  float l2;                // decoupled: 0, else weight_decay
+  float one_minus_beta1;
+  float beta2;
+  float one_minus_beta2;
+  float step_size;         // lr / (1 - beta1^t)
+  float bias_correction2_sqrt;
+  float eps;
+};
+
+struct KernelTable {
+  std::string_view name;   // "amx", "avx512", "avx2", "scalar": also the value of --kernels.
+  std::uint32_t required;  // CpuFeature bits this table needs.
+  std::int64_t element_bytes;
+
+  // Packs rows[n, k] (elements, leading dimension ld) into panels of k_padded columns; rows from n to 32·num_panels
+  // and columns from k are zero. panels: writable data, stride bytes apart.
+  void (*pack)(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k, std::int64_t k_padded,
+               std::int64_t num_panels, void* panels, std::int64_t stride);
+
+  // Panel q of Wᵀ: its 32 rows are columns 32q…32q+31 of w, its k is 32·w.num_panels. Writes panel bytes without pad.
+  void (*transpose_panel)(const Panels& w, std::int64_t q, void* out);
+
+  // C[m, 32·panels.num_panels] f32 (ldc) = or += A[m, k] elements (lda) · Wᵀ. m ≥ 0.
+  void (*gemm)(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
+               bool accumulate);
+
+  // out[m, n] elements (ldo) = round(scale · in[m, n] f32 (ldi)).
+  void (*round_rows)(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t n, float scale, void* out,
+                     std::int64_t ldo);
+
+  // out[i, 0…n_padded) = x[row[i], 0…n) with zeros behind. Elements.
+  void (*gather)(const void* x, std::int64_t ldx, const std::int32_t* row, std::int64_t m, std::int64_t n,
+                 std::int64_t n_padded, void* out, std::int64_t ldo);
+
+  // gate_up[m, 2·i] f32 interleaved (ld) -> z[m, i] = round(silu(G)·U); saved[m, 2·i] = round(gate_up), interleaved,
+  // unless null. i: a multiple of 32.
+  void (*swiglu)(const float* gate_up, std::int64_t ld, std::int64_t m, std::int64_t i, void* saved,
+                 std::int64_t ld_saved, void* z, std::int64_t ldz);
+
+  // From saved[m, 2·i] (elements, interleaved), p[m, i] f32 = ∂y/∂z before weighting, weight[m]:
+  //   grad_weight[m] = Σ_i p·z (fp32, in a fixed order), z[m, i] = round(silu(G)·U) unless null,
+  //   grad_gate_up[m, 2·i] = round(dG), round(dU) interleaved, of dZ = weight·p (DESIGN §6).
+  void (*swiglu_backward)(const void* saved, std::int64_t ld_saved, const float* p, std::int64_t ldp,
+                          const float* weight, std::int64_t m, std::int64_t i, float* grad_weight, void* z,
+                          std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
+
+  // grad[r, n] f32 (ldg) += scale · Σ_m left[m, r]·row_scale[m]·right[m, n]; left f32 (ldl), right elements (ldr),
+  // row_scale null = 1. transposed: grad is [n, r]. Summed over m ascending in fp32, then added once.
+  void (*lora_wgrad)(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr,
+                     const float* row_scale, std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad,
+                     std::int64_t ldg, bool transposed);
+
+  // y[t, 0…n) = round(Σ_j weight[t,j] · rows[route_row[t,j]]) over j ascending in fp32; route_row -1 adds nothing;
+  // weight null = 1. rows elements (ld), y elements (ldy).
+  void (*sum_routes)(const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight,
+                     std::int64_t t, std::int64_t k, std::int64_t n, void* y, std::int64_t ldy);
+
+  // One AdamW step over n parameters: p, m, v f32 in place, s f32 the summed gradient.
+  void (*adamw)(float* p, float* m, float* v, const float* s, std::int64_t n, const AdamwArgs& args);
+};
+
+// Every table in the binary, best first, runnable here or not. For tests.
+std::span<const KernelTable* const> all_tables();
+
+// The best runnable table for that element size, or the one called `name` ("" and "auto": the best). nullptr when
+// there is none; `why` (may be null) then says which CPU features are missing, or which names exist.
+const KernelTable* find_table(std::string_view name, std::int64_t element_bytes, std::string* why);
+
+}  // namespace kt::kernels

@@ -1,0 +1,36 @@
+// The portable table, fp32, for --weight-format fp32. Four lanes: a register of every processor we know.
+#include "kernels/cpu_features.h"
+#include "kernels/kernel_table.h"
+
+namespace kt::kernels::scalar_fp32 {
+namespace {
+using Element = float;
+constexpr int kLanes = 4;
+}  // namespace
+
+// clang-format off: each file uses the ones above it.
+#include "kernels/generic/vector.inl"
+#include "kernels/generic/layout.inl"
+#include "kernels/scalar/gemm.inl"
+#include "kernels/generic/rows.inl"
+#include "kernels/generic/training.inl"
+// clang-format on
+
+extern const KernelTable kTable;
+constinit const KernelTable kTable = {
+    .name = "scalar",
+    .required = 0,
+    .element_bytes = sizeof(Element),
+    .pack = pack,
+    .transpose_panel = transpose_panel,
+    .gemm = gemm,
+    .round_rows = round_rows,
+    .gather = gather,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+    .lora_wgrad = lora_wgrad,
+    .sum_routes = sum_routes,
+    .adamw = adamw,
+};
+
+}  // namespace kt::kernels::scalar_fp32
