@@ -67,8 +67,8 @@ class Session {
   Status delete_adapter(std::uint32_t adapter_id);
   Result<std::uint64_t> join(const JoinSpec& spec);  // -> step
 
-  // Experts of one layer. Pointers are host memory; elements are bf16 bits, or f32 under weight format fp32. A call that
-  // does not fit the arena is split along tokens (consecutive act_ids of one logical activation are kept inside).
+  // Experts of one layer. Pointers are host memory; elements are bf16 bits, or f32 under weight format fp32. A call
+  // that does not fit the arena is split along tokens (consecutive act_ids of one logical activation are kept inside).
   // act_id 0: keep nothing; else new_act_id(). flags: RequestFlag.
   std::uint64_t new_act_id();
   Status forward(std::uint32_t layer, std::uint32_t adapter_id, std::uint64_t act_id, std::uint8_t flags,

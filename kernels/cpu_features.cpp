@@ -112,8 +112,8 @@ std::string missing_cpu_features(std::uint32_t required) {
   return list;
 }
 
-void override_cpu_features_for_test(std::uint32_t features) {
-  features_for_test.store(features, std::memory_order_relaxed);
+void override_cpu_features_for_test(std::optional<std::uint32_t> features) {
+  features_for_test.store(features.value_or(kNoOverride), std::memory_order_relaxed);
 }
 
 }  // namespace kt::kernels

@@ -65,6 +65,8 @@ std::vector<UniqueFd> take_descriptors(const msghdr& message) {
 }
 
 Result<Packet> parse_packet(std::string_view text, std::vector<UniqueFd> descriptors) {
+  // The parser would take a NUL for the end, and leave the rest unread.
+  if (text.find('\0') != std::string_view::npos) return malformed("a NUL byte in it");
   json body = json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!body.is_object()) return malformed("not a JSON object: " + std::to_string(text.size()) + " bytes");
   const auto op = body.find("op");

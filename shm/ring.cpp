@@ -21,6 +21,12 @@ constexpr std::uint64_t kSequenceMax = ~std::uint64_t{0} >> 1;  // protocol.h: 6
 std::uint32_t slot_index(std::uint64_t sequence) { return static_cast<std::uint32_t>((sequence - 1) % kNumSlots); }
 std::uint32_t low_word(std::uint64_t sequence) { return static_cast<std::uint32_t>(sequence); }
 
+// True when done_seq has come to `sequence` or, by a later lap, past it. A slot's sequences differ by 256 per lap, so
+// the signed distance of the low words tells.
+bool is_reached(std::uint32_t done_seq, std::uint64_t sequence) {
+  return static_cast<std::int32_t>(done_seq - low_word(sequence)) >= 0;
+}
+
 // Relaxed atomic words: the other process may store at any moment, and the compiler must not load twice.
 template <class Line>
 void store_words(Words& words, const Line& line) {
@@ -110,13 +116,12 @@ void RankRing::consume(std::uint64_t sequence) {
 
 bool RankRing::wait_done(std::uint64_t sequence, std::uint64_t spin_ns, std::uint64_t timeout_ns) const {
   ReplyLine& line = segment_.slot(slot_index(sequence)).reply;
-  const std::uint32_t done = low_word(sequence);
-  if (line.done_seq.load(std::memory_order_acquire) == done) return true;  // A1 ↔ R1
+  if (is_reached(line.done_seq.load(std::memory_order_acquire), sequence)) return true;  // A1 ↔ R1
   const std::uint64_t start_ns = now_ns();
   const std::uint64_t deadline_ns = timeout_ns > kNoDeadline - start_ns ? kNoDeadline : start_ns + timeout_ns;
   spin_ns = std::min(spin_ns, timeout_ns);
   while (now_ns() - start_ns < spin_ns) {
-    if (line.done_seq.load(std::memory_order_acquire) == done) return true;  // A1 ↔ R1
+    if (is_reached(line.done_seq.load(std::memory_order_acquire), sequence)) return true;  // A1 ↔ R1
     cpu_relax();
   }
 
@@ -125,7 +130,7 @@ bool RankRing::wait_done(std::uint64_t sequence, std::uint64_t spin_ns, std::uin
   bool is_done = false;
   for (;;) {
     const std::uint32_t seen = line.done_seq.load(std::memory_order_seq_cst);  // S2 ↔ S3, A1 ↔ R1
-    is_done = seen == done;
+    is_done = is_reached(seen, sequence);
     if (is_done || released_.load(std::memory_order_seq_cst) || now_ns() >= deadline_ns) break;
     futex_wait(line.done_seq, seen, deadline_ns);
   }

@@ -39,7 +39,8 @@ class RankRing {
   void consume(std::uint64_t sequence);
 
   // Sleeps on the slot's futex until it is done, `timeout_ns` passed (2^64 - 1: no limit) or wake_all_waiters was
-  // called; spins `spin_ns` first. True: done. Several threads may wait for one request.
+  // called; spins `spin_ns` first. True: done. Several threads may wait for one request. A wait that another thread
+  // overtakes by consuming the request ends by its timeout at the latest.
   bool wait_done(std::uint64_t sequence, std::uint64_t spin_ns, std::uint64_t timeout_ns) const;
   // Releases every waiter of this process without a reply (the watchdog's: the daemon died): waiters, also later
   // ones, return at once, false unless their request is done. Returns when nobody sleeps any more. For ever.

@@ -21,16 +21,16 @@
 namespace kt::coproc {
 
 struct EngineOptions {
-  bool deterministic = false;                  // Accumulating BACKWARDs of a layer run as a collective, in rank order.
+  bool deterministic = false;  // Accumulating BACKWARDs of a layer run as a collective, in rank order.
   std::uint32_t batch_tokens_max = 16384;
-  std::uint64_t activation_bytes_max = 0;      // Of all jobs together, shared equally by jobs.
+  std::uint64_t activation_bytes_max = 0;                 // Of all jobs together, shared equally by jobs.
   std::uint64_t collective_timeout_ns = 600'000'000'000;  // For jobs that named none in join: 10 min.
 };
 
 struct OpenSession {
   std::uint32_t session_id = 0;
-  std::uint32_t pid = 0;      // For display and messages only.
-  std::string name;           // KT_COPROC_JOB or "".
+  std::uint32_t pid = 0;  // For display and messages only.
+  std::string name;       // KT_COPROC_JOB or "".
   shm::Segment segment;
   UniqueFd doorbell;
 };

@@ -64,15 +64,15 @@ class Adapter {
   // torch.optim.AdamW / Adam on g = header.scale · S for every touched tensor with a group; then S = 0, untouched.
   void step(const shm::StepHeader& header, std::span<const std::uint8_t> group_of, WorkerPool& pool);
 
-  bool has_gradients() const;            // A layer is touched.
+  bool has_gradients() const;              // A layer is touched.
   void mark_touched(std::uint32_t layer);  // A backward of the layer completed (T = 0 counts).
 
   std::uint64_t parameter_bytes() const;  // P and the packed copies.
   std::uint64_t gradient_bytes() const;
   std::uint64_t optimizer_bytes() const;  // m and v; allocated with the first step or write of them.
 
-  struct Layer;                                    // For expert_forward / expert_backward.
-  const Layer* layer(std::uint32_t layer) const;   // nullptr: not adapted.
+  struct Layer;                                   // For expert_forward / expert_backward.
+  const Layer* layer(std::uint32_t layer) const;  // nullptr: not adapted.
   Layer* layer(std::uint32_t layer);
 
  private:

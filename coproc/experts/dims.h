@@ -9,13 +9,13 @@
 namespace kt::coproc {
 
 struct ExpertDims {
-  std::uint32_t num_layers = 0;              // Hidden layers of the model: layer numbers on the wire are below this.
-  std::vector<std::uint32_t> moe_layers;     // Those with routed experts, ascending.
+  std::uint32_t num_layers = 0;           // Hidden layers of the model: layer numbers on the wire are below this.
+  std::vector<std::uint32_t> moe_layers;  // Those with routed experts, ascending.
   std::uint32_t num_experts = 0;
   std::uint32_t top_k = 0;
   std::uint32_t hidden_size = 0;
   std::uint32_t intermediate_size = 0;
-  std::uint32_t element_bytes = 2;           // 2: bf16; 4: --weight-format fp32.
+  std::uint32_t element_bytes = 2;  // 2: bf16; 4: --weight-format fp32.
 
   // Kernels want multiples of 32; the padding is zero everywhere and adds exact zeros.
   std::int64_t hidden_padded() const { return static_cast<std::int64_t>(round_up(hidden_size, kernels::kPanelRows)); }

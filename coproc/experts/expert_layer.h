@@ -21,11 +21,11 @@ struct Activation {
   std::uint32_t adapter_id = 0;
   std::uint64_t step = 0;
   std::uint32_t num_tokens = 0;
-  std::vector<std::byte> x;           // [T, H] elements.
-  std::vector<std::int32_t> ids;      // [T, top_k], 0…E.
-  std::vector<float> weights;         // [T, top_k].
-  std::vector<std::byte> gate_up;     // [T·top_k, 2·I_padded] elements, interleaved; empty: recomputed in backward.
-  std::vector<std::byte> y;           // [T, H] elements; only with KEEP_Y.
+  std::vector<std::byte> x;        // [T, H] elements.
+  std::vector<std::int32_t> ids;   // [T, top_k], 0…E.
+  std::vector<float> weights;      // [T, top_k].
+  std::vector<std::byte> gate_up;  // [T·top_k, 2·I_padded] elements, interleaved; empty: recomputed in backward.
+  std::vector<std::byte> y;        // [T, H] elements; only with KEEP_Y.
   std::uint64_t bytes() const { return x.size() + ids.size() * 4 + weights.size() * 4 + gate_up.size() + y.size(); }
 };
 
@@ -34,15 +34,15 @@ struct ForwardItem {
   const std::int32_t* ids = nullptr;  // [T, top_k] private and validated: 0…E, E contributes zero.
   const float* weights = nullptr;     // [T, top_k].
   std::uint32_t num_tokens = 0;
-  void* y = nullptr;                  // [T, H] elements out.
-  void* save_gate_up = nullptr;       // Activation::gate_up's memory, or nullptr.
+  void* y = nullptr;             // [T, H] elements out.
+  void* save_gate_up = nullptr;  // Activation::gate_up's memory, or nullptr.
 };
 
 struct BackwardItem {
-  const void* dy = nullptr;        // [T, H] elements.
+  const void* dy = nullptr;  // [T, H] elements.
   const Activation* act = nullptr;
-  void* dx = nullptr;              // [T, H] elements out.
-  float* dw = nullptr;             // [T, top_k] out; sentinel routes get 0.
+  void* dx = nullptr;   // [T, H] elements out.
+  float* dw = nullptr;  // [T, top_k] out; sentinel routes get 0.
 };
 
 // Owns the scratch memory of the layer functions. One thread calls (worker 0).

@@ -81,7 +81,7 @@ std::optional<ExpertTensorName> parse_expert_name(const Family& family, std::str
   for (const std::string_view prefix : family.prefixes) {
     std::string_view left = name;
     if (!consume(left, prefix) || !consume(left, "layers.")) continue;
-    ExpertTensorName parts{.prefix = prefix};
+    ExpertTensorName parts{.prefix = prefix, .layer = 0, .rest = {}};
     const auto [end, error] = std::from_chars(left.data(), left.data() + left.size(), parts.layer);
     if (error != std::errc{}) continue;
     left.remove_prefix(static_cast<std::size_t>(end - left.data()));

@@ -12,13 +12,25 @@ constexpr double kGigabyte = 1e9;
 constexpr std::chrono::milliseconds kTerminalInterval{200};
 constexpr std::chrono::milliseconds kLogInterval{2000};
 
-// "57.1 GB", and for small checkpoints "0.0213 GB": three significant digits.
 template <class... Args>
 std::string format(const char* pattern, Args... args) {
   char text[160];
   std::snprintf(text, sizeof(text), pattern, args...);
   return text;
 }
+
+// Three significant digits, or all those before the point: "1342", "57.1", "0.0213".
+std::string number(double value) { return format(value >= 100 ? "%.0f" : "%.3g", value); }
+
+// "12.3 of 57.1 GB", "57.1 GB"; MB when the whole is below 1 GB.
+std::string size(std::uint64_t bytes, const std::uint64_t* part = nullptr) {
+  const bool small = bytes < 1'000'000'000;
+  const double unit = small ? 1e6 : kGigabyte;
+  const std::string start = part == nullptr ? "" : number(static_cast<double>(*part) / unit) + " of ";
+  return start + number(static_cast<double>(bytes) / unit) + (small ? " MB" : " GB");
+}
+
+std::string rate(double bytes, double seconds) { return number(bytes / seconds / kGigabyte) + " GB/s"; }
 
 // "14 s", "3 min 20 s", "2 h 5 min"
 std::string duration(double seconds) {
@@ -33,18 +45,17 @@ std::string duration(double seconds) {
 std::string progress_line(std::uint64_t bytes_done, std::uint64_t bytes_total, double seconds) {
   const auto done = static_cast<double>(bytes_done);
   const auto total = static_cast<double>(bytes_total);
-  std::string line = format("loading experts: %.3g of %.3g GB", done / kGigabyte, total / kGigabyte);
+  std::string line = "loading experts: " + size(bytes_total, &bytes_done);
   if (bytes_total > 0) line += format(" (%d %%)", static_cast<int>(100.0 * done / total));
   if (bytes_done == 0 || seconds <= 0) return line;
-  line += format(", %.3g GB/s", done / seconds / kGigabyte);
+  line += ", " + rate(done, seconds);
   if (bytes_done < bytes_total) line += ", " + duration((total - done) * seconds / done) + " left";
   return line;
 }
 
 std::string summary_line(std::uint64_t bytes, double seconds) {
-  const auto total = static_cast<double>(bytes);
-  std::string line = format("loaded experts: %.3g GB in %.1f s", total / kGigabyte, seconds);
-  if (seconds > 0) line += format(" (%.3g GB/s)", total / seconds / kGigabyte);
+  std::string line = "loaded experts: " + size(bytes) + " in " + format("%.1f s", seconds);
+  if (seconds > 0) line += " (" + rate(static_cast<double>(bytes), seconds) + ")";
   return line;
 }
 

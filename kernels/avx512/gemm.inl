@@ -8,9 +8,6 @@ constexpr std::int64_t kPairsPerBlock = kPanelRows / 2;  // k is a multiple of 3
 constexpr std::int64_t kPairBytes = kPanelRows * 4;      // one pair of k in a panel: two vectors, two cache lines
 constexpr std::int64_t kLineBytes = 64;
 
-inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
-inline F32 square_root(F32 x) { return _mm512_sqrt_ps(x); }
-
 // acc + the pair of bf16 at `a` times 16 pairs of b.
 inline F32 dot_pair(F32 acc, const Element* a, __m512bh b) {
   std::int32_t pair;

@@ -11,6 +11,8 @@ constexpr int kLanes = 16;
 }  // namespace
 
 // clang-format off: each file uses the ones above it.
+#include "kernels/generic/types.inl"
+#include "kernels/avx512/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
 #include "kernels/avx512/gemm.inl"

@@ -1,24 +1,9 @@
-// Vectors of kLanes floats, their loads and stores, and the exponential.
+// Loads and stores of vectors, and the exponential, out of the types of types.inl and the primitives of each
+// instruction set (multiply_add, square_root, widen, narrow).
 //
-// Written with the compiler's vector types, so one text serves every instruction set; the including file defines
-// kLanes, `Element` and namespace kt::kernels::<isa>. Compiled with -ffp-contract=off: an operator is one rounded IEEE
+// Written with the compiler's vector types and compiled with -ffp-contract=off: an operator is one rounded IEEE
 // operation, so every function here gives the same bits on every table. No include guard: see kernels/README.md.
 namespace {
-
-using F32 = float __attribute__((vector_size(4 * kLanes)));
-using U32 = std::uint32_t __attribute__((vector_size(4 * kLanes)));
-using U16 = std::uint16_t __attribute__((vector_size(2 * kLanes)));
-
-// N vectors that the compiler keeps in registers.
-template <std::int64_t N>
-struct Vectors {
-  F32 value[static_cast<std::size_t>(N)] = {};
-  F32& operator[](std::int64_t i) { return value[i]; }
-};
-
-inline F32 splat(float x) { return F32{} + x; }
-inline F32 as_f32(U32 x) { return __builtin_bit_cast(F32, x); }
-inline U32 as_u32(F32 x) { return __builtin_bit_cast(U32, x); }
 
 inline U32 load_u32(const void* p) {
   U32 v;
@@ -38,7 +23,7 @@ inline void store(float* p, F32 v) { __builtin_memcpy(p, &v, sizeof v); }
 inline F32 load(const std::uint16_t* p) {
   U16 v;
   __builtin_memcpy(&v, p, sizeof v);
-  return as_f32(__builtin_convertvector(v, U32) << 16);
+  return as_f32(widen(v) << 16);
 }
 
 // Rounds to nearest, ties to even; a NaN stays one, made quiet so that truncation cannot turn it into infinity.
@@ -46,7 +31,7 @@ inline void store(std::uint16_t* p, F32 v) {
   const U32 bits = as_u32(v);
   const U32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const U32 chosen = (v != v) ? (bits | 0x400000) : rounded;
-  const U16 out = __builtin_convertvector(chosen >> 16, U16);
+  const U16 out = narrow(chosen >> 16);
   __builtin_memcpy(p, &out, sizeof out);
 }
 

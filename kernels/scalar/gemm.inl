@@ -7,13 +7,6 @@ constexpr std::int64_t kRowsMax = 4;
 constexpr std::int64_t kColumns = 2 * kLanes;
 constexpr std::int64_t kBlockK = 256;  // k at a time: the widened rows of A, 16 KiB, share L1 with a slice of the panel
 
-inline F32 multiply_add(F32 a, F32 b, F32 c) { return c + a * b; }
-
-inline F32 square_root(F32 x) {
-  for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
-  return x;
-}
-
 // kElementsPerUnit steps of k for one group of columns: `unit` points at its 4-byte units in the panel.
 template <std::int64_t R>
 inline void multiply_unit(const F32* a, const std::uint32_t* unit, Vectors<2 * R>& acc) {

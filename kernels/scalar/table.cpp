@@ -9,6 +9,8 @@ constexpr int kLanes = 4;
 }  // namespace
 
 // clang-format off: each file uses the ones above it.
+#include "kernels/generic/types.inl"
+#include "kernels/scalar/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
 #include "kernels/scalar/gemm.inl"

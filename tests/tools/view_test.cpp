@@ -20,13 +20,23 @@ json status_with_ranks(int num_ranks, int num_jobs) {
              "tokens_per_batch":511.5},
     "totals":{"forward_requests":1234567,"backward_requests":77,"steps":120,"errors":3},"jobs":[],"ranks":[]})");
   for (int i = 0; i < num_ranks; ++i) {
-    status["ranks"].push_back({{"rank", i}, {"pid", 1000 + i}, {"job_id", "job"}, {"state", "backward"},
-                               {"in_flight", 1}, {"waiting_ratio", 0.42}, {"latency_p50_seconds", 0.00125},
-                               {"latency_p99_seconds", 2.5}, {"totals", {{"forward_layer_tokens", 99000}}}});
+    status["ranks"].push_back({{"rank", i},
+                               {"pid", 1000 + i},
+                               {"job_id", "job"},
+                               {"state", "backward"},
+                               {"in_flight", 1},
+                               {"waiting_ratio", 0.42},
+                               {"latency_p50_seconds", 0.00125},
+                               {"latency_p99_seconds", 2.5},
+                               {"totals", {{"forward_layer_tokens", 99000}}}});
   }
   for (int i = 0; i < num_jobs; ++i) {
-    status["jobs"].push_back({{"job_id", "0123456789abcdef0123456789abcdef"}, {"name", "träining"}, {"state", "ok"},
-                              {"world_size", 2}, {"members", {0, 1}}, {"step", 17}});
+    status["jobs"].push_back({{"job_id", "0123456789abcdef0123456789abcdef"},
+                              {"name", "träining"},
+                              {"state", "ok"},
+                              {"world_size", 2},
+                              {"members", {0, 1}},
+                              {"step", 17}});
   }
   return status;
 }
@@ -39,9 +49,9 @@ std::string joined(const std::vector<std::string>& lines) {
 
 TEST(View, ShowsEverythingAPersonLooksFor) {
   const std::string screen = joined(render(status_with_ranks(2, 1), 80, 24));
-  for (const char* want : {"serving", "2 h 01 min", "4242", "/models/Qwen3-30B-A3B", "48 layers × 128 experts", "avx512",
-                           "14 workers", "12.3k tokens/s", "6.10k tokens/s", "83 % busy", "57.1 GB", "1.23M forward",
-                           "3 errors", "träining", "42 %", "1.25 ms", "2.50 s", "99.0k", "backward"}) {
+  for (const char* want : {"serving", "2 h 01 min", "4242", "/models/Qwen3-30B-A3B", "48 layers × 128 experts",
+                           "avx512", "14 workers", "12.3k tokens/s", "6.10k tokens/s", "83 % busy", "57.1 GB",
+                           "1.23M forward", "3 errors", "träining", "42 %", "1.25 ms", "2.50 s", "99.0k", "backward"}) {
     EXPECT_NE(screen.find(want), std::string::npos) << want << " is not on\n" << screen;
   }
 }
@@ -62,8 +72,8 @@ TEST(View, FitsTheTerminalWhateverItShows) {
 }
 
 TEST(View, ShowsProgressWhileLoadingAndADashForWhatIsUnknown) {
-  const json loading = json::parse(
-      R"({"state":"loading","pid":1,"load":{"bytes_done":25e9,"bytes_total":100e9,"seconds":10.0}})");
+  const json loading =
+      json::parse(R"({"state":"loading","pid":1,"load":{"bytes_done":25e9,"bytes_total":100e9,"seconds":10.0}})");
   const std::string screen = joined(render(loading, 80, 24));
   EXPECT_NE(screen.find("25 %"), std::string::npos) << screen;
   EXPECT_NE(screen.find("2.50 GB/s"), std::string::npos) << screen;

@@ -27,12 +27,16 @@ constexpr int kExitPermission = 77;
 
 int exit_code(const kt::Error& error) {
   switch (error.code) {
-    case kt::ErrorCode::kUsage: return kExitUsage;
+    case kt::ErrorCode::kUsage:
+      return kExitUsage;
     case kt::ErrorCode::kNotFound:
     case kt::ErrorCode::kTimeout:
-    case kt::ErrorCode::kCoprocDied: return kExitNoDaemon;
-    case kt::ErrorCode::kPermission: return kExitPermission;
-    default: return kExitFailure;
+    case kt::ErrorCode::kCoprocDied:
+      return kExitNoDaemon;
+    case kt::ErrorCode::kPermission:
+      return kExitPermission;
+    default:
+      return kExitFailure;
   }
 }
 

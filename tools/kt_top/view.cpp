@@ -91,8 +91,9 @@ std::string percent(double ratio) { return print("%.0f %%", 100.0 * ratio); }
 void add_head(const json& status, int columns, std::vector<std::string>& lines) {
   const json& model = part(status, "model");
   const std::string state = text_of(status, "state");
-  lines.push_back("kt-top   " + field(state, 10) + "up " + field(format_uptime(number_of(status, "uptime_seconds")), 14) +
-                  "pid " + field(text_of(status, "pid"), 9) + "version " + text_of(status, "version"));
+  lines.push_back("kt-top   " + field(state, 10) + "up " +
+                  field(format_uptime(number_of(status, "uptime_seconds")), 14) + "pid " +
+                  field(text_of(status, "pid"), 9) + "version " + text_of(status, "version"));
   lines.push_back("model    " + field(text_of(model, "path"), columns - 9));
   lines.push_back(print("         %s  %s layers × %s experts, top %s, hidden %s, intermediate %s",
                         text_of(model, "architecture").c_str(), text_of(model, "num_layers").c_str(),
@@ -119,8 +120,8 @@ void add_rates(const json& status, std::vector<std::string>& lines) {
   const json& memory = part(status, "memory_bytes");
   const double busy = number_of(rates, "worker_busy_ratio");
   lines.push_back("forward  " + right(format_count(number_of(rates, "forward_tokens_per_second")), 7) + " tokens/s   " +
-                  "backward " + right(format_count(number_of(rates, "backward_tokens_per_second")), 7) + " tokens/s   " +
-                  format_count(number_of(rates, "tokens_per_batch")) + " tokens/batch");
+                  "backward " + right(format_count(number_of(rates, "backward_tokens_per_second")), 7) +
+                  " tokens/s   " + format_count(number_of(rates, "tokens_per_batch")) + " tokens/batch");
   lines.push_back("workers  " + bar(busy, 30) + " " + percent(busy) + " busy");
   lines.push_back("totals   " + format_count(number_of(totals, "forward_requests")) + " forward, " +
                   format_count(number_of(totals, "backward_requests")) + " backward requests, " +

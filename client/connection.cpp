@@ -1,0 +1,123 @@
+#include "client/connection.h"
+
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "shm/control.h"
+#include "shm/doorbell.h"
+
+namespace kt::client {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::chrono::seconds kHelloTimeout{10};
+// Bounds that keep every payload size below 2^63 (shm/payload.h).
+constexpr std::uint32_t kHiddenSizeMax = 1u << 20;
+constexpr std::uint32_t kTopKMax = 1u << 10;
+constexpr std::uint32_t kLayersMax = 1u << 16;  // Request::layer has 16 bits.
+
+Error strange_hello(const std::string& why) {
+  return Error{ErrorCode::kVersionMismatch, "the daemon's answer to hello is not understood", why,
+               "run client and daemon of the same kt-coproc release"};
+}
+
+// SO_PEERPIDFD (Linux 6.5) names the process itself, also across pid namespaces; else by the pid, where it has one.
+UniqueFd open_peer_pidfd(int socket) {
+  constexpr int kSoPeerPidfd = 77;  // glibc 2.36 does not name it.
+  int pidfd = -1;
+  socklen_t bytes = sizeof pidfd;
+  if (::getsockopt(socket, SOL_SOCKET, kSoPeerPidfd, &pidfd, &bytes) == 0) return UniqueFd(pidfd);
+  ucred peer{};
+  bytes = sizeof peer;
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) != 0 || peer.pid <= 0) return UniqueFd();
+  return UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
+}
+
+ModelInfo parse_model(const json& hello) {
+  const json& model = hello.at("model");
+  ModelInfo info;
+  model.at("path").get_to(info.path);
+  model.at("architecture").get_to(info.architecture);
+  model.at("fingerprint").get_to(info.fingerprint);
+  model.at("weight_format").get_to(info.weight_format);
+  model.at("num_layers").get_to(info.num_layers);
+  model.at("num_experts").get_to(info.num_experts);
+  model.at("top_k").get_to(info.top_k);
+  model.at("hidden_size").get_to(info.hidden_size);
+  model.at("intermediate_size").get_to(info.intermediate_size);
+  model.at("moe_layers").get_to(info.moe_layers);
+  hello.at("daemon_id").get_to(info.daemon_id);
+  hello.at("daemon_pid").get_to(info.daemon_pid);
+  hello.at("element_bytes").get_to(info.element_bytes);
+  return info;
+}
+
+Status check_model(const ModelInfo& model) {
+  if (model.num_layers == 0 || model.num_layers > kLayersMax) {
+    return strange_hello("num_layers is " + std::to_string(model.num_layers));
+  }
+  for (const std::uint32_t layer : model.moe_layers) {
+    if (layer >= model.num_layers) return strange_hello("moe_layers names layer " + std::to_string(layer));
+  }
+  if (model.hidden_size == 0 || model.hidden_size > kHiddenSizeMax) {
+    return strange_hello("hidden_size is " + std::to_string(model.hidden_size));
+  }
+  if (model.intermediate_size == 0 || model.intermediate_size > kHiddenSizeMax) {
+    return strange_hello("intermediate_size is " + std::to_string(model.intermediate_size));
+  }
+  if (model.top_k == 0 || model.top_k > kTopKMax) return strange_hello("top_k is " + std::to_string(model.top_k));
+  if (model.num_experts == 0 || model.num_experts > kHiddenSizeMax) {
+    return strange_hello("num_experts is " + std::to_string(model.num_experts));
+  }
+  if (model.element_bytes != 2 && model.element_bytes != 4) {
+    return strange_hello("element_bytes is " + std::to_string(model.element_bytes));
+  }
+  return ok_status();
+}
+
+json hello_of(const ConnectOptions& options) {
+  json hello = {{"op", "hello"},
+                {"protocol", shm::kProtocolVersion},
+                {"pid", ::getpid()},
+                {"arena_bytes", options.arena_bytes}};
+  if (!options.fingerprint.empty()) hello["fingerprint"] = options.fingerprint;
+  if (!options.name.empty()) hello["name"] = options.name;
+  return hello;
+}
+
+}  // namespace
+
+Result<Connection> open_connection(const ConnectOptions& options) {
+  KT_TRY(const std::string path, shm::resolve_socket_path(options.address));
+  KT_TRY(UniqueFd socket, shm::connect_daemon(path));
+  KT_TRY(shm::Packet answer, shm::call(socket.get(), hello_of(options), kHelloTimeout));
+  if (answer.descriptors.size() != 3) {
+    return strange_hello("it came with " + std::to_string(answer.descriptors.size()) + " descriptors instead of 3");
+  }
+  ModelInfo model;
+  std::uint32_t batch_tokens_max = 0;
+  try {
+    model = parse_model(answer.body);
+    answer.body.at("limits").at("batch_tokens_max").get_to(batch_tokens_max);
+  } catch (const json::exception& failure) {
+    return strange_hello(failure.what());
+  }
+  KT_TRY_STATUS(check_model(model));
+  if (batch_tokens_max == 0) return strange_hello("batch_tokens_max is 0");
+
+  UniqueFd pidfd = open_peer_pidfd(socket.get());
+  KT_TRY(auto segment, shm::Segment::attach(std::move(answer.descriptors[0])));
+  KT_TRY(auto status, shm::StatusPageView::attach(std::move(answer.descriptors[1])));
+  return Connection{std::move(socket),  std::move(pidfd),
+                    std::move(segment), std::move(status),
+                    std::move(answer.descriptors[2]), std::move(model),
+                    batch_tokens_max};
+}
+
+}  // namespace kt::client

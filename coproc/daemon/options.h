@@ -1,0 +1,32 @@
+// The options of `kt-coproc run`, checked. Precedence: flag > environment > config file > default.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "coproc/daemon/cli.h"
+#include "shm/base/result.h"
+
+namespace kt::coproc {
+
+inline constexpr std::uint32_t kThreadsMax = 1024;
+inline constexpr std::uint32_t kBatchTokensMax = 1 << 20;
+
+struct RunOptions {
+  std::string model;
+  std::string socket_path;  // Absolute, at most 107 bytes.
+  std::uint32_t threads = 0;  // 0: chosen from the machine.
+  bool numa = true;
+  std::string weight_format = "bf16";  // "bf16" or "fp32".
+  std::string kernels = "auto";        // A name of DESIGN §4; whether the CPU has it is another question.
+  bool deterministic = false;
+  std::uint64_t activation_bytes_max = 0;  // 0: chosen from the machine.
+  std::uint32_t batch_tokens_max = 16384;
+};
+
+// `program`: "kt-coproc run" or "kt-coproc exec", for messages and --help. Everything wrong is kUsage and names where
+// the value came from. After kHelpShown the options are empty.
+Result<Parsed> parse_run_options(const std::string& program, const std::vector<std::string>& arguments,
+                                 RunOptions& options);
+
+}  // namespace kt::coproc

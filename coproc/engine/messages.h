@@ -1,0 +1,32 @@
+// Words for messages: who, which request, when. Every error names rank, layer, step, field and values where it has them.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "coproc/engine/job.h"
+#include "coproc/engine/session.h"
+
+namespace kt::coproc {
+
+const char* adapter_tensor_name(shm::AdapterTensor tensor);  // "gate_a", …
+const char* command_name(const ControlRequest& command);     // "join", "adapter_create", "adapter_delete"
+
+// "rank 1 (pid 123) of job 'abc'"
+std::string describe(const Session& session);
+// "FORWARD of layer 3 with adapter 1 in step 5": what the rank asked for, the layer from its activation if it has one.
+std::string describe(const Session& session, const shm::Request& request);
+// "FORWARD of layer 3 in step 5, 1.2 s ago"
+std::string describe(const LastRequest& last, std::uint64_t now_ns);
+std::string seconds_text(std::uint64_t ns);  // "1.2 s"
+
+// A malformed request: ends the session (kInvalidArgument).
+Error protocol_error(const Session& session, const shm::Request& request, std::string why);
+Error unknown_adapter(const Session& session, const shm::Request& request);
+Error unknown_activation(const Session& session, const shm::Request& request);
+Error stale_activation(const Session& session, const shm::Request& request, const Activation& activation);
+// A session's end, for its peers. died: by death or a broken protocol; otherwise it said bye.
+Error rank_gone(const Session& session, bool died, std::uint64_t now_ns);
+Error shutting_down();
+Error invalid_control(std::string what, std::string why, std::string fix);
+
+}  // namespace kt::coproc

@@ -1,0 +1,16 @@
+// What the generic kernels need from an instruction set, in AVX-512. No include guard: see kernels/README.md.
+namespace {
+
+// c + a·b, rounded once.
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline F32 square_root(F32 x) { return _mm512_sqrt_ps(x); }
+
+inline U32 widen(U16 x) { return __builtin_bit_cast(U32, _mm512_cvtepu16_epi32(__builtin_bit_cast(__m256i, x))); }
+
+// The low halves of the lanes, which must be below 2^16.
+inline U16 narrow(U32 x) {
+  return __builtin_bit_cast(U16, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, x)));
+}
+
+}  // namespace

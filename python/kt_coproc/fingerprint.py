@@ -1,0 +1,115 @@
+"""The identity of a checkpoint, computed from its files as coproc/model/fingerprint.h describes, byte by byte.
+
+The daemon computes the same from its own view of the files; equal means: the same experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from typing import Iterable, NamedTuple, Optional, Sequence
+
+_SAMPLE_BYTES = 4096
+_HEADER_BYTES_MAX = 100_000_000  # As the safetensors library.
+_EXPERT_NAME = re.compile(r"^(?:model\.|transformer\.|)layers\.(\d+)\.mlp\.experts\.(.+)$")
+_PER_EXPERT = re.compile(r"^(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+
+
+class _Tensor(NamedTuple):
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int  # From the start of the file.
+    size: int  # Bytes.
+
+
+def read_header(path: str) -> dict[str, _Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        ValueError: the file is not a safetensors file.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= size <= _HEADER_BYTES_MAX:
+            raise ValueError(f"{path} is not a safetensors file")
+        header = json.loads(file.read(size))
+    tensors = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = info["data_offsets"]
+        tensors[name] = _Tensor(path, info["dtype"], tuple(info["shape"]), 8 + size + begin, end - begin)
+    return tensors
+
+
+def _sample(path: str, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(min(_SAMPLE_BYTES, size))
+
+
+def _fused_samples(gate_up: _Tensor, down: _Tensor, layer: int) -> Iterable[bytes]:
+    num_experts = gate_up.shape[0]
+    expert = 7 * layer % num_experts
+    half = gate_up.size // num_experts // 2
+    yield _sample(gate_up.path, gate_up.offset + expert * 2 * half, half)
+    yield _sample(gate_up.path, gate_up.offset + expert * 2 * half + half, half)
+    size = down.size // num_experts
+    yield _sample(down.path, down.offset + expert * size, size)
+
+
+def _per_expert_samples(tensors: dict[tuple[int, str], _Tensor], layer: int) -> Iterable[bytes]:
+    expert = 7 * layer % (1 + max(expert for expert, _ in tensors))
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        tensor = tensors[expert, projection]
+        yield _sample(tensor.path, tensor.offset, tensor.size)
+
+
+def fingerprint(directory: str, files: Sequence[str]) -> Optional[str]:
+    """SHA-256 in hexadecimal, or None where the files do not hold experts of a family the co-process knows.
+
+    Args:
+        directory: where config.json is.
+        files: the safetensors files that transformers resolved for this checkpoint.
+    """
+    try:
+        with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
+            architecture = json.load(file)["architectures"][0]
+        routed: dict[str, _Tensor] = {}
+        for path in files:
+            routed.update({n: t for n, t in read_header(path).items() if _EXPERT_NAME.match(n)})
+        if not routed:
+            return None
+        digest = hashlib.sha256(f"{architecture}\n".encode())
+        layers: dict[int, dict[str, _Tensor]] = {}
+        for name in sorted(routed, key=str.encode):
+            tensor = routed[name]
+            shape = ",".join(str(size) for size in tensor.shape)
+            digest.update(f"{name}\t{tensor.dtype}\t[{shape}]\n".encode())
+            match = _EXPERT_NAME.match(name)
+            assert match is not None
+            layers.setdefault(int(match[1]), {})[match[2]] = tensor
+        for layer in sorted(layers):
+            for sample in _layer_samples(layers[layer], layer):
+                digest.update(sample)
+        return digest.hexdigest()
+    except (OSError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError):
+        return None  # Not a checkpoint that a daemon could serve; whoever loads it says what is wrong with it.
+
+
+def _layer_samples(tensors: dict[str, _Tensor], layer: int) -> Iterable[bytes]:
+    if "gate_up_proj" in tensors:
+        return _fused_samples(tensors["gate_up_proj"], tensors["down_proj"], layer)
+    per_expert = {}
+    for rest, tensor in tensors.items():
+        match = _PER_EXPERT.match(rest)
+        if match is None:
+            raise ValueError(rest)
+        per_expert[int(match[1]), match[2]] = tensor
+    return _per_expert_samples(per_expert, layer)

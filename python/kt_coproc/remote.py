@@ -1,0 +1,318 @@
+"""Parameters whose values live in the daemon: shape, dtype, device and requires_grad here, no storage.
+
+    source is a LoraTensor    reads fetch from the daemon, in-place operations and assignments write to it
+    source is a FrozenWeight  an expert's base weight: everything that would need its values raises
+
+`.grad` stays None, so torch's optimizers skip these parameters; their gradients and their optimizer state are the
+daemon's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Optional, Union
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from . import errors
+from .adapter import HalfSpec, LoraTensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenWeight:
+    """The identity of a base weight: layer and parameter name of one model."""
+
+    layer: int
+    name: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenWeight:
+        return self  # A copied model uses the same experts.
+
+
+Source = Union[LoraTensor, FrozenWeight]
+
+_pointers_are_names = False
+_hidden = False
+
+
+@contextlib.contextmanager
+def pointers_are_names() -> Iterator[None]:
+    """Inside, data_ptr() of a placeholder is a number that names it: accelerate's FSDP2 code looks parameters up by it.
+    Outside it raises, because somebody is about to read memory there."""
+    global _pointers_are_names
+    before, _pointers_are_names = _pointers_are_names, True
+    try:
+        yield
+    finally:
+        _pointers_are_names = before
+
+
+@contextlib.contextmanager
+def hidden_from_state_dicts() -> Iterator[None]:
+    """Inside, state_dict() and load_state_dict() leave remote parameters out: accelerate broadcasts sharded ones."""
+    global _hidden
+    before, _hidden = _hidden, True
+    try:
+        yield
+    finally:
+        _hidden = before
+
+
+def are_hidden() -> bool:
+    return _hidden
+
+
+class RemoteTensor(torch.Tensor):
+    """See the module's text. Made by `placeholder`."""
+
+    source: Source
+
+    @staticmethod
+    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, source: Source,
+                requires_grad: bool = False) -> RemoteTensor:  # fmt: skip
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
+        )
+        tensor.source = source
+        return tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def real(self) -> torch.Tensor:
+        """The values, fetched from the daemon. Raises CoprocError for a base weight."""
+        if not isinstance(self.source, LoraTensor):
+            raise errors.weights_are_remote(
+                f"the values of {self.source.name} of layer {self.source.layer} are needed in this process"
+            )
+        return self.source.read().to("cpu" if self.device.type == "meta" else self.device, self.dtype)
+
+    def push(self, values: torch.Tensor) -> None:
+        """Replaces the values in the daemon."""
+        if not isinstance(self.source, LoraTensor):
+            raise errors.weights_are_remote(
+                f"{self.source.name} of layer {self.source.layer} would be changed in this process"
+            )
+        if values.is_meta:
+            return
+        self.source.write(values)
+
+    def _like(self, dtype: Optional[torch.dtype] = None, device: Optional[torch.device] = None) -> RemoteTensor:
+        return RemoteTensor(self.shape, dtype or self.dtype, device or self.device, self.source)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, list) and func._schema.name.startswith("aten::_foreach_"):
+            return _foreach(func, args, kwargs)
+        if isinstance(first, RemoteTensor):
+            handler = _HANDLERS.get(func)
+            if handler is not None:
+                return handler(first, *args[1:], **kwargs)
+            if _is_in_place(func):
+                return _in_place(func, first, args, kwargs)
+        if isinstance(kwargs.get("out"), RemoteTensor):
+            raise errors.weights_are_remote(f"out= of {func} is a parameter of the routed experts")
+        plain_args, plain_kwargs = _plain((args, kwargs))
+        return func(*plain_args, **plain_kwargs)
+
+    def data_ptr(self) -> int:
+        if not _pointers_are_names:
+            raise errors.weights_are_remote("the memory of an expert parameter was asked for")
+        return -id(self.source)  # Unique and stable; never a real address.
+
+    def untyped_storage(self) -> Any:
+        raise errors.weights_are_remote("the storage of an expert parameter was asked for")
+
+    storage = untyped_storage
+
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        if isinstance(values, RemoteTensor) and values.source is self.source:
+            torch.Tensor.data.__set__(self, values)  # A cast or a move of the same parameter.
+        else:
+            self.push(values.real() if isinstance(values, RemoteTensor) else values)
+
+    @property
+    def grad(self) -> Optional[torch.Tensor]:
+        """Always None; see kt_coproc.expert_gradients. Assigning None discards the adapter's gradients."""
+        return None
+
+    @grad.setter
+    def grad(self, value: Optional[torch.Tensor]) -> None:
+        if value is not None:
+            raise errors.refusal(
+                "the gradient of an expert parameter cannot be assigned",
+                "gradients of the routed experts are summed in the co-process",
+                "use backward(); kt_coproc.expert_gradients(model) shows them",
+            )
+        if isinstance(self.source, LoraTensor):
+            self.source.adapter.discard()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteTensor:
+        import copy
+
+        if id(self) not in memo:
+            source = copy.deepcopy(self.source, memo)
+            memo[id(self)] = placeholder(self.shape, self.dtype, self.device, source, self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise errors.weights_are_remote("a parameter of the routed experts cannot be pickled or saved")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"RemoteTensor({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def is_remote(tensor: Any) -> bool:
+    return isinstance(tensor, RemoteTensor)
+
+
+def lora_tensor(parameter: Any) -> Optional[LoraTensor]:
+    """The adapter tensor behind a parameter, None for everything else."""
+    source = getattr(parameter, "source", None) if isinstance(parameter, RemoteTensor) else None
+    return source if isinstance(source, LoraTensor) else None
+
+
+def placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device, source: Source,
+                requires_grad: bool) -> nn.Parameter:  # fmt: skip
+    return nn.Parameter(RemoteTensor(shape, dtype, device, source), requires_grad=requires_grad)
+
+
+def _plain(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.real() if isinstance(leaf, RemoteTensor) else leaf, tree)
+
+
+def _is_in_place(func: Any) -> bool:
+    name = func._schema.name
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _in_place(func: Any, target: RemoteTensor, args: Any, kwargs: Any) -> RemoteTensor:
+    others = [leaf for leaf in args[1:] if isinstance(leaf, RemoteTensor)]
+    if isinstance(target.source, FrozenWeight) and others and all(o.source is target.source for o in others):
+        return target  # Averaging a weight with itself (torch.optim.swa_utils).
+    target.real() if isinstance(target.source, FrozenWeight) else None  # Raises, and names the parameter.
+    plain_args, plain_kwargs = _plain((args, kwargs))
+    func(*plain_args, **plain_kwargs)
+    target.push(plain_args[0])
+    return target
+
+
+def _foreach(func: Any, args: Any, kwargs: Any) -> Any:
+    """A _foreach_ operation with remote tensors among real ones: one by one."""
+    count = len(args[0])
+    results = []
+    for i in range(count):
+        one = [arg[i : i + 1] if isinstance(arg, (list, tuple)) and len(arg) == count else arg for arg in args]
+        target = one[0][0]
+        if isinstance(target, RemoteTensor) and _is_in_place(func):
+            others = [arg[0] for arg in one[1:] if isinstance(arg, list) and isinstance(arg[0], RemoteTensor)]
+            if isinstance(target.source, FrozenWeight) and others and all(o.source is target.source for o in others):
+                continue
+            plain = _plain(one)
+            func(*plain, **kwargs)
+            target.push(plain[0][0])
+        else:
+            results += func(*_plain(one), **kwargs) or []
+    return results or None
+
+
+def _cast(tensor: RemoteTensor, **kwargs: Any) -> RemoteTensor:
+    return tensor._like(kwargs.get("dtype"), kwargs.get("device"))
+
+
+def _clone(tensor: RemoteTensor, **kwargs: Any) -> torch.Tensor:
+    return tensor._like() if isinstance(tensor.source, FrozenWeight) else tensor.real()
+
+
+def _zeros(tensor: RemoteTensor, **kwargs: Any) -> torch.Tensor:
+    dtype, device = kwargs.get("dtype") or tensor.dtype, kwargs.get("device") or tensor.device
+    if isinstance(tensor.source, FrozenWeight):
+        return torch.zeros((), dtype=dtype, device=device).expand(tensor.shape)  # Never that much memory.
+    return torch.zeros(tensor.shape, dtype=dtype, device=device)
+
+
+def _copy(target: RemoteTensor, values: torch.Tensor, non_blocking: bool = False) -> RemoteTensor:
+    if isinstance(values, RemoteTensor):
+        if isinstance(target.source, FrozenWeight) and values.source is target.source:
+            return target
+        values = values.real()
+    target.push(values.expand(target.shape))
+    return target
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: lambda tensor: tensor._like(),
+    aten.alias.default: lambda tensor: tensor._like(),
+    aten._to_copy.default: _cast,
+    aten.clone.default: _clone,
+    aten.empty_like.default: _zeros,
+    aten.zeros_like.default: _zeros,
+    aten.copy_.default: _copy,
+}
+
+
+class RemoteLinear(nn.Linear):
+    """PEFT's lora_A or lora_B of an experts module. Made by changing the class of the nn.Linear that PEFT made."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        raise errors.refusal("an expert adapter's matrix was called as a layer",
+                             "expert LoRA is computed in the co-process, as part of its experts module",
+                             "call the model, or its experts module")  # fmt: skip
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' own adapter loading assigns Parameters, it does not call load_state_dict().
+        if name == "weight" and isinstance(value, torch.Tensor) and not isinstance(value, RemoteTensor):
+            self.weight.push(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not _hidden:
+            destination[prefix + "weight"] = self.weight.real()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str],
+                              error_msgs: list[str]) -> None:  # fmt: skip
+        if _hidden:
+            return
+        values = state_dict.get(prefix + "weight")
+        if values is None:
+            if strict:
+                missing_keys.append(prefix + "weight")
+        elif values.shape != self.weight.shape:
+            error_msgs.append(
+                f"size mismatch for {prefix}weight: copying a param with shape {tuple(values.shape)} from checkpoint, "
+                f"the shape in current model is {tuple(self.weight.shape)}."
+            )
+        else:
+            self.weight.push(values.real() if isinstance(values, RemoteTensor) else values)
+
+
+def take_over(linear: nn.Linear, tensor_of: Callable[[torch.Size, Optional[torch.Tensor]], LoraTensor]) -> None:
+    """Turns an nn.Linear with values into a RemoteLinear without. tensor_of(shape, float32 CPU values or None) makes the
+    tensor that gets the values."""
+    weight = linear.weight
+    values = None if weight.is_meta else weight.detach().to("cpu", torch.float32, copy=True)
+    device = weight.device
+    source = tensor_of(weight.shape, values)
+    linear.__class__ = RemoteLinear
+    # Not setattr: PEFT's init_empty_weights (low_cpu_mem_usage) patches register_parameter and would rebuild the class.
+    linear._parameters["weight"] = placeholder(weight.shape, weight.dtype, device, source, weight.requires_grad)
+
+
+def half_spec(r: int, scaling: float) -> HalfSpec:
+    if not (r > 0 and math.isfinite(scaling)):
+        raise ValueError(f"LoRA rank {r} with scaling {scaling} is not a usable adapter")
+    return HalfSpec(int(r), float(scaling))

@@ -1,0 +1,59 @@
+// find_table: the best table this CPU runs, or the one asked for, or a reason that a person can act on.
+#include <gtest/gtest.h>
+
+#include "kernels/cpu_features.h"
+#include "kernels/kernel_table.h"
+
+namespace kt::kernels {
+namespace {
+
+TEST(Dispatch, ScalarRunsEverywhereInBothElementTypes) {
+  for (const std::int64_t element_bytes : {2, 4}) {
+    const KernelTable* table = find_table("scalar", element_bytes, nullptr);
+    ASSERT_NE(table, nullptr);
+    EXPECT_EQ(table->element_bytes, element_bytes);
+    EXPECT_EQ(table->required, 0u);
+  }
+}
+
+TEST(Dispatch, AutoAndTheEmptyNameAreTheBestTable) {
+  for (const std::int64_t element_bytes : {2, 4}) {
+    const KernelTable* best = find_table("auto", element_bytes, nullptr);
+    ASSERT_NE(best, nullptr);
+    EXPECT_EQ(best, find_table("", element_bytes, nullptr));
+    for (const KernelTable* table : all_tables()) {
+      if (table->element_bytes != element_bytes || (table->required & ~cpu_features()) != 0) continue;
+      EXPECT_EQ(best, table) << "the first runnable table of the list is the best";
+      break;
+    }
+  }
+}
+
+TEST(Dispatch, ATableThatCannotRunIsRefusedWithWhatTheCpuLacks) {
+  override_cpu_features_for_test(0);
+  std::string why;
+  EXPECT_EQ(find_table("avx512", 2, &why), nullptr);
+  EXPECT_NE(why.find("avx512 needs what this CPU lacks: "), std::string::npos) << why;
+  EXPECT_EQ(find_table("auto", 2, nullptr)->name, "scalar");
+  override_cpu_features_for_test(kAvx512Bf16);
+  EXPECT_EQ(find_table("auto", 2, nullptr)->name, "avx512");
+  EXPECT_NE(find_table("avx512", 2, nullptr), nullptr);
+  override_cpu_features_for_test(std::nullopt);
+}
+
+TEST(Dispatch, AnUnknownNameIsRefusedWithTheNamesThatExist) {
+  std::string why;
+  EXPECT_EQ(find_table("sse9", 2, &why), nullptr);
+  EXPECT_EQ(why, "no kernels named 'sse9' for bf16 weights; there are: auto, avx512, scalar");
+  EXPECT_EQ(find_table("avx512", 4, &why), nullptr);
+  EXPECT_EQ(why, "no kernels named 'avx512' for fp32 weights; there are: auto, scalar");
+  EXPECT_EQ(find_table("sse9", 2, nullptr), nullptr);
+}
+
+TEST(Dispatch, NothingMissingIsAnEmptyList) {
+  EXPECT_EQ(missing_cpu_features(0), "");
+  EXPECT_EQ(missing_cpu_features(cpu_features()), "");
+}
+
+}  // namespace
+}  // namespace kt::kernels

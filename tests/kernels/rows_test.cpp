@@ -1,0 +1,218 @@
+// Kernels on rows of activations against fp64, against a bit model where one is a line long, and against the portable
+// table, whose bits they share.
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "tests/kernels/kernel_suite.h"
+#include "tests/support/isa/bit_model.h"
+
+namespace kt::test {
+namespace {
+
+using kernels::KernelTable;
+
+// Column of gate j in an interleaved row; up lies 32 further.
+std::int64_t gate_column(std::int64_t j) { return j / 32 * 64 + j % 32; }
+
+struct SwigluResult {
+  Matrix saved;
+  Matrix z;
+};
+
+struct BackwardResult {
+  Matrix grad_weight;
+  Matrix z;
+  Matrix grad;
+};
+
+class Rows : public KernelTest {
+ protected:
+  const KernelTable& portable() const { return *kernels::find_table("scalar", element_bytes(), nullptr); }
+  double half_ulp() const { return element_bytes() == 2 ? std::ldexp(1.0, -8) : std::ldexp(1.0, -24); }
+
+  // The result, in the element type, of an fp32 computation with a relative error of `computed` around `want`.
+  void expect_near(double want, float got, double scale, double computed, const char* what) {
+    const double allowed = (half_ulp() * 1.01) * std::fabs(want) + computed * scale + 1e-38;
+    EXPECT_LE(std::fabs(double{got} - want), allowed) << what << ": want " << want << " got " << got;
+  }
+
+  SwigluResult swiglu(const KernelTable& with, const Matrix& gate_up) const {
+    const std::int64_t i = gate_up.num_columns() / 2;
+    SwigluResult result{Matrix(gate_up.num_rows(), 2 * i, element_bytes(), 2),
+                        Matrix(gate_up.num_rows(), i, element_bytes(), 5)};
+    with.swiglu(gate_up.floats(), gate_up.ld(), gate_up.num_rows(), i, result.saved.data(), result.saved.ld(),
+                result.z.data(), result.z.ld());
+    return result;
+  }
+
+  BackwardResult backward(const KernelTable& with, const Matrix& saved, const Matrix& p, const Matrix& weight) const {
+    const std::int64_t m = saved.num_rows();
+    const std::int64_t i = p.num_columns();
+    BackwardResult result{Matrix(1, m, 4), Matrix(m, i, element_bytes(), 3), Matrix(m, 2 * i, element_bytes(), 1)};
+    with.swiglu_backward(saved.data(), saved.ld(), p.floats(), p.ld(), weight.floats(), m, i,
+                         result.grad_weight.floats(), result.z.data(), result.z.ld(), result.grad.data(),
+                         result.grad.ld());
+    return result;
+  }
+
+  Matrix elements(std::int64_t rows, std::int64_t columns, float deviation) {
+    Matrix m(rows, columns, element_bytes(), 1);
+    m.fill_normal(random_, deviation);
+    return m;
+  }
+
+  Matrix floats(std::int64_t rows, std::int64_t columns, float deviation) {
+    Matrix m(rows, columns, 4, 2);
+    m.fill_normal(random_, deviation);
+    return m;
+  }
+};
+
+TEST_P(Rows, RoundRowsRoundsTheScaledValueOnce) {
+  for (const std::int64_t n : {1, 4, 17, 32, 77}) {
+    for (const float scale : {1.0f, 0.3f}) {
+      Matrix in(3, n, 4, 1);
+      in.fill_bits(random_);
+      // Exactly between two bf16, below and above, and what rounds to infinity.
+      const std::uint32_t edges[] = {0x3f808000, 0x3f818000, 0x3f807fff, 0x3f808001, 0x7f7fffff, 0x7f7f8000, 0x7f800001};
+      for (std::int64_t c = 0; c < n && c < 7; ++c) std::memcpy(in.row(0) + c * 4, &edges[c], 4);
+      Matrix got(3, n, element_bytes(), 3);
+      table().round_rows(in.floats(), in.ld(), 3, n, scale, got.data(), got.ld());
+      Matrix want(3, n, element_bytes());
+      for (std::int64_t r = 0; r < 3; ++r)
+        for (std::int64_t c = 0; c < n; ++c) want.set(r, c, in.get(r, c) * scale);
+      EXPECT_TRUE(same_matrix(want, got)) << "n " << n << ", scale " << scale;
+      EXPECT_TRUE(got.guards_are_intact());
+    }
+  }
+  table().round_rows(nullptr, 0, 0, 32, 1.0f, nullptr, 0);
+}
+
+TEST_P(Rows, SumRoutesAddsInSlotOrderAndRoundsOnce) {
+  constexpr std::int64_t kTokens = 5;
+  constexpr std::int64_t kSlots = 4;
+  for (const std::int64_t n : {1, 16, 30, 64, 95}) {
+    const Matrix rows = elements(7, n, 1.0f);
+    const Matrix weight(floats(1, kTokens * kSlots, 1.0f));
+    std::vector<std::int32_t> route(kTokens * kSlots);
+    for (auto& r : route) r = std::uniform_int_distribution<std::int32_t>(-1, 6)(random_);
+    for (std::size_t j = 0; j < kSlots; ++j) route[j] = -1;  // a token whose experts all live elsewhere
+    for (const bool weighted : {true, false}) {
+      Matrix got(kTokens, n, element_bytes(), 3);
+      Matrix want(kTokens, n, element_bytes());
+      table().sum_routes(rows.data(), rows.ld(), route.data(), weighted ? weight.floats() : nullptr, kTokens, kSlots, n,
+                         got.data(), got.ld());
+      for (std::int64_t t = 0; t < kTokens; ++t) {
+        for (std::int64_t c = 0; c < n; ++c) {
+          volatile float sum = 0;
+          for (std::int64_t j = t * kSlots; j < (t + 1) * kSlots; ++j) {
+            const std::int32_t row = route[static_cast<std::size_t>(j)];
+            if (row < 0) continue;
+            const volatile float term = rows.get(row, c) * (weighted ? weight.get(0, j) : 1.0f);
+            sum = sum + term;
+          }
+          want.set(t, c, sum);
+        }
+      }
+      EXPECT_TRUE(same_matrix(want, got)) << "n " << n << (weighted ? ", weighted" : ", plain");
+      EXPECT_TRUE(got.guards_are_intact());
+    }
+  }
+}
+
+TEST_P(Rows, SwigluMeetsFp64AndKeepsRoundedGateAndUp) {
+  const std::int64_t i = emulated() ? 32 : 96;
+  for (const float deviation : {1.0f, 30.0f}) {
+    Matrix gate_up = floats(4, 2 * i, deviation);
+    const float extremes[] = {0.0f, -0.0f, 1e-30f, -104.0f, -87.5f, 89.0f, -1e30f, 1e30f, -20.0f};
+    for (std::int64_t c = 0; c < 9; ++c) gate_up.set(0, c, extremes[c]);
+    const SwigluResult got = swiglu(table(), gate_up);
+    for (std::int64_t r = 0; r < 4; ++r) {
+      for (std::int64_t j = 0; j < i; ++j) {
+        const double g = double{gate_up.get(r, gate_column(j))};
+        const double u = double{gate_up.get(r, gate_column(j) + 32)};
+        const double want = g / (1.0 + std::exp(-g)) * u;
+        expect_near(want, got.z.get(r, j), std::fabs(want), 5e-7, "z");
+      }
+    }
+    Matrix saved(4, 2 * i, element_bytes());
+    for (std::int64_t r = 0; r < 4; ++r)
+      for (std::int64_t c = 0; c < 2 * i; ++c) saved.set(r, c, gate_up.get(r, c));
+    EXPECT_TRUE(same_matrix(saved, got.saved));
+    EXPECT_TRUE(got.saved.guards_are_intact());
+    EXPECT_TRUE(got.z.guards_are_intact());
+    const SwigluResult reference = swiglu(portable(), gate_up);
+    EXPECT_TRUE(same_matrix(reference.z, got.z)) << "differs from the portable table";
+  }
+}
+
+TEST_P(Rows, SwigluWithoutSavingGivesTheSameBitsAndNanStaysNan) {
+  Matrix gate_up = floats(2, 64, 2.0f);
+  gate_up.set(0, 0, std::numeric_limits<float>::quiet_NaN());
+  gate_up.set(0, 33, std::numeric_limits<float>::infinity());
+  const SwigluResult with = swiglu(table(), gate_up);
+  Matrix z(2, 32, element_bytes(), 1);
+  table().swiglu(gate_up.floats(), gate_up.ld(), 2, 32, nullptr, 0, z.data(), z.ld());
+  EXPECT_TRUE(same_matrix(with.z, z));
+  EXPECT_TRUE(std::isnan(z.get(0, 0)));
+  EXPECT_TRUE(std::isinf(z.get(0, 1)));
+  EXPECT_FALSE(std::isnan(z.get(0, 2)));
+}
+
+TEST_P(Rows, SwigluBackwardMeetsFp64) {
+  const std::int64_t i = emulated() ? 32 : 160;
+  constexpr std::int64_t m = 5;
+  Matrix saved = elements(m, 2 * i, 2.0f);
+  for (std::int64_t c = 0; c < 6; ++c) saved.set(0, c, std::ldexp(c % 2 == 0 ? 1.0f : -1.0f, static_cast<int>(2 * c)));
+  const Matrix p = floats(m, i, 1.0f);
+  const Matrix weight = floats(1, m, 0.5f);
+  const BackwardResult got = backward(table(), saved, p, weight);
+  for (std::int64_t r = 0; r < m; ++r) {
+    double dot = 0;
+    double magnitude = 0;
+    for (std::int64_t j = 0; j < i; ++j) {
+      const double g = double{saved.get(r, gate_column(j))};
+      const double u = double{saved.get(r, gate_column(j) + 32)};
+      const double s = 1.0 / (1.0 + std::exp(-g));
+      const double pz = double{p.get(r, j)} * g * s * u;
+      const double dz = double{p.get(r, j)} * double{weight.get(0, r)};
+      dot += pz;
+      magnitude += std::fabs(pz);
+      const double dg_scale = std::fabs(dz * u * s) * (1.0 + std::fabs(g) * (1.0 - s));
+      expect_near(g * s * u, got.z.get(r, j), std::fabs(g * s * u), 5e-7, "z");
+      // 1 - s in fp32 carries s's rounding, which counts where s is next to 1.
+      expect_near(dz * u * s * (1.0 + g * (1.0 - s)), got.grad.get(r, gate_column(j)),
+                  dg_scale + std::fabs(dz * u * s * g), 5e-7, "dG");
+      expect_near(dz * g * s, got.grad.get(r, gate_column(j) + 32), std::fabs(dz * g * s), 5e-7, "dU");
+    }
+    EXPECT_NEAR(double{got.grad_weight.get(0, r)}, dot, 1e-6 * magnitude) << "row " << r;
+  }
+  EXPECT_TRUE(got.grad_weight.guards_are_intact());
+  EXPECT_TRUE(got.z.guards_are_intact());
+  EXPECT_TRUE(got.grad.guards_are_intact());
+}
+
+TEST_P(Rows, SwigluBackwardHasThePortableBitsWhateverTheCompany) {
+  const Matrix saved = elements(7, 64, 2.0f);
+  const Matrix p = floats(7, 32, 1.0f);
+  const Matrix weight = floats(1, 7, 0.5f);
+  const BackwardResult all = backward(table(), saved, p, weight);
+  const BackwardResult reference = backward(portable(), saved, p, weight);
+  EXPECT_TRUE(same_matrix(reference.grad_weight, all.grad_weight));
+  EXPECT_TRUE(same_matrix(reference.z, all.z));
+  EXPECT_TRUE(same_matrix(reference.grad, all.grad));
+  for (std::int64_t r = 0; r < 7; ++r) {  // each row alone, without z
+    float grad_weight = 0;
+    Matrix grad(1, 64, element_bytes());
+    table().swiglu_backward(saved.row(r), saved.ld(), p.floats() + r * p.ld(), p.ld(), weight.floats() + r, 1, 32,
+                            &grad_weight, nullptr, 0, grad.data(), grad.ld());
+    EXPECT_TRUE(same_bits(grad_weight, all.grad_weight.get(0, r)));
+    for (std::int64_t c = 0; c < 64; ++c) EXPECT_TRUE(same_bits(grad.get(0, c), all.grad.get(r, c)));
+  }
+}
+
+KT_INSTANTIATE_KERNEL_TESTS(Rows);
+
+}  // namespace
+}  // namespace kt::test
