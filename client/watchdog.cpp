@@ -66,13 +66,16 @@ void Watchdog::run() {
 }
 
 End Watchdog::reason_of_hangup() const {
+  if (is_shutting_down()) return End::kShutDown;
   const bool ended = process_ended(pidfd_, kPidfdGraceMs);
-  if (segment_.header().state.load(std::memory_order_acquire) == shm::SessionState::kShuttingDown) {
-    return End::kShutDown;
-  }
+  if (is_shutting_down()) return End::kShutDown;
   if (ended) return End::kDied;
   // Without a pidfd a refusal is what tells a session that was closed from a daemon that died.
   return pidfd_ >= 0 || liveness_.has_refusal() ? End::kClosed : End::kDied;
+}
+
+bool Watchdog::is_shutting_down() const {
+  return segment_.header().state.load(std::memory_order_acquire) == shm::SessionState::kShuttingDown;
 }
 
 }  // namespace kt::client

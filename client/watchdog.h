@@ -31,6 +31,7 @@ class Watchdog {
  private:
   void run();
   End reason_of_hangup() const;
+  bool is_shutting_down() const;
 
   const int socket_;
   const int pidfd_;

@@ -1,5 +1,8 @@
 // One control connection, as the server keeps it. Only server's own files include this.
 #pragma once
+#include <optional>
+#include <string>
+
 #include "coproc/daemon/server.h"
 
 namespace kt::coproc {
@@ -10,6 +13,8 @@ struct Server::Connection {
   UniqueFd pidfd;         // Invalid where the kernel has none to give.
   std::uint32_t pid = 0;  // For display only: it may be 0, or another namespace's.
   Clock::time_point opened;
+  std::optional<Error> refusal;  // The answer to whatever it asks first. Answered only then: a reply that arrives with
+                                 // the end of the connection, while the peer still sends, may be lost.
 
   bool has_spoken = false;
   bool busy = false;        // C3.

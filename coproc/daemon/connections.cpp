@@ -83,10 +83,7 @@ bool Server::said_bye(Connection& connection) {
   return false;
 }
 
-void Server::close(Connection& connection) {
-  connections_.erase(connection.id);
-  if (draining_ && !stopping_ && num_sessions() == 0) begin_stop();
-}
+void Server::close(Connection& connection) { connections_.erase(connection.id); }
 
 void Server::end_session(Connection& connection, SessionEnd why, const std::string& how) {
   if (connection.session_id == 0) return;
@@ -103,8 +100,7 @@ void Server::session_ended(std::uint32_t session_id, const Error& error) {
   });
   if (entry == connections_.end()) return;
   Connection& connection = *entry->second;
-  spdlog::warn("session {} ended for breaking the protocol ({}): {}: {}", session_id, connection.who(), error.what,
-               error.why);
+  spdlog::info("session {} broke the protocol ({}): {}", session_id, connection.who(), error.why);
   connection.session_id = 0;  // The engine has ended it.
   close(connection);
 }

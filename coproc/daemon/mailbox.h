@@ -1,6 +1,7 @@
 // Work for the control thread, from any thread.
 #pragma once
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 

@@ -70,11 +70,7 @@ class Reader {
   const SettingValues& values_;
 };
 
-// The flags given on the command line; nullopt-like empty map with kHelpShown.
-Result<Parsed> settings_from_flags(const std::string& program, const std::vector<std::string>& arguments,
-                                   SettingValues& values) {
-  CLI::App app("Loads the routed experts of a checkpoint and serves them to the training processes of this node.",
-               program);
+Result<Parsed> settings_from_flags(CLI::App& app, const std::vector<std::string>& arguments, SettingValues& values) {
   app.footer("Every flag --x-y is also read from the environment variable KT_COPROC_X_Y and from the config file\n"
              "(key x-y). A flag comes before the environment, the environment before the file.");
   std::map<std::string, std::string> texts;
@@ -160,10 +156,9 @@ Status check(const SettingValues& values, RunOptions& options) {
 
 }  // namespace
 
-Result<Parsed> parse_run_options(const std::string& program, const std::vector<std::string>& arguments,
-                                 RunOptions& options) {
+Result<Parsed> parse_run_options(CLI::App& app, const std::vector<std::string>& arguments, RunOptions& options) {
   SettingValues values;
-  KT_TRY(const Parsed parsed, settings_from_flags(program, arguments, values));
+  KT_TRY(const Parsed parsed, settings_from_flags(app, arguments, values));
   if (parsed == Parsed::kHelpShown) return parsed;
   values.merge(settings_from_environment());
   if (const auto config = values.find("config"); config != values.end()) {

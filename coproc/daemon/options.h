@@ -24,9 +24,8 @@ struct RunOptions {
   std::uint32_t batch_tokens_max = 16384;
 };
 
-// `program`: "kt-coproc run" or "kt-coproc exec", for messages and --help. Everything wrong is kUsage and names where
-// the value came from. After kHelpShown the options are empty.
-Result<Parsed> parse_run_options(const std::string& program, const std::vector<std::string>& arguments,
-                                 RunOptions& options);
+// The settings of run as flags of `app`. Everything wrong is kUsage and names where the value came from. After
+// kHelpShown the options are empty.
+Result<Parsed> parse_run_options(CLI::App& app, const std::vector<std::string>& arguments, RunOptions& options);
 
 }  // namespace kt::coproc

@@ -49,6 +49,12 @@ void Server::on_packet(Connection& connection, const shm::Packet& packet) {
       {"status", &Server::on_status},
       {"stop", &Server::on_stop},
   };
+  if (connection.refusal) {
+    const Error refusal = *connection.refusal;
+    status_.page().totals.sessions_rejected.fetch_add(1, std::memory_order_relaxed);
+    if (send(connection, shm::error_reply(refusal))) close(connection);
+    return;
+  }
   if (!packet.descriptors.empty()) return refuse_malformed(connection, malformed("descriptors came with it"));
   const auto op = packet.body.find("op");
   if (op == packet.body.end() || !op->is_string()) return refuse_malformed(connection, malformed("it has no \"op\""));
@@ -59,7 +65,7 @@ void Server::on_packet(Connection& connection, const shm::Packet& packet) {
   refuse_malformed(connection, malformed("its \"op\" is unknown"));
 }
 
-// An error in answer to a hello or a connection: that process gets no session.
+// An error in answer to a hello: that process gets no session.
 void Server::reject(Connection& connection, const Error& error) {
   status_.page().totals.sessions_rejected.fetch_add(1, std::memory_order_relaxed);
   send(connection, shm::error_reply(error));
@@ -153,8 +159,7 @@ void Server::on_opened(std::uint64_t connection_id, const Json& answer) {
   connection->busy = false;
   update_interest(*connection);
   if (!answer.value("ok", false)) {
-    status_.page().totals.sessions_rejected.fetch_add(1, std::memory_order_relaxed);
-    connection->session_id = 0;
+    connection->session_id = 0;  // The engine counted it as rejected.
     connection->is_open = false;
     send(*connection, answer);
     return;

@@ -5,12 +5,14 @@
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <sys/timerfd.h>
 
 #include <array>
+#include <cerrno>
+#include <cstring>
 
 #include "coproc/daemon/connection.h"
+#include "coproc/daemon/peer.h"
 
 namespace kt::coproc {
 namespace {
@@ -23,27 +25,9 @@ constexpr auto kStoppingMax = seconds(9);   // The contract says 10 s from signa
 constexpr int kAcceptsPerEvent = 32;        // Then others get their turn.
 constexpr const char* kDescriptorsFix = "raise the limit on open files: ulimit -n";
 
-#ifdef SO_PEERPIDFD
-constexpr int kSoPeerPidfd = SO_PEERPIDFD;
-#else
-constexpr int kSoPeerPidfd = 77;  // Linux 6.5, asm-generic/socket.h
-#endif
-
 // Tokens of epoll events. A connection has two: 2·id for its socket, 2·id + 1 for its pidfd.
 enum Token : std::uint64_t { kListenToken = 0, kSignalToken = 1, kTimerToken = 2, kMailboxToken = 3 };
 constexpr std::uint64_t kFirstConnectionId = 2;
-
-UniqueFd peer_pidfd(int socket, pid_t pid) {
-  int fd = -1;
-  socklen_t bytes = sizeof fd;
-  if (::getsockopt(socket, SOL_SOCKET, kSoPeerPidfd, &fd, &bytes) == 0) {
-    UniqueFd pidfd(fd);
-    ::fcntl(fd, F_SETFD, FD_CLOEXEC);
-    return pidfd;
-  }
-  // Older kernels. A peer in another pid namespace has no pid here; its HUP has to do.
-  return pid > 0 ? UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0))) : UniqueFd();
-}
 
 Result<UniqueFd> open_signals() {
   sigset_t signals;
@@ -121,6 +105,7 @@ bool Server::run() {
       const epoll_event& event = events[static_cast<std::size_t>(i)];
       dispatch(event.data.u64, event.events);
     }
+    if (draining_ && !stopping_ && num_sessions() == 0) begin_stop();
     if (stopping_ && !finished_ && Clock::now() >= stop_deadline_) return false;
   }
   return true;
@@ -159,6 +144,10 @@ void Server::accept_connections() {
 }
 
 void Server::add_connection(UniqueFd socket) {
+  if (connections_.size() >= kConnectionsMax) {
+    spdlog::warn("refused a control connection: {} are open", kConnectionsMax);
+    return;
+  }
   auto connection = std::make_unique<Connection>();
   connection->id = next_connection_id_++;
   connection->socket = std::move(socket);
@@ -169,15 +158,10 @@ void Server::add_connection(UniqueFd socket) {
   connection->pid = peer.pid > 0 ? static_cast<std::uint32_t>(peer.pid) : 0;
   if (peer.uid != ::geteuid()) {
     spdlog::warn("refused a connection of uid {}, {}", peer.uid, connection->who());
-    return reject(*connection, Error{ErrorCode::kPermission, "this daemon is not yours",
-                                     "it runs as uid " + std::to_string(::geteuid()) + ", you are uid " +
-                                         std::to_string(peer.uid),
-                                     "start a daemon of your own: kt-coproc run --model DIR"});
-  }
-  if (connections_.size() >= kConnectionsMax) {
-    spdlog::warn("refused a connection, {}: {} are open", connection->who(), kConnectionsMax);
-    return reject(*connection, Error{ErrorCode::kNoResources, "the daemon has too many control connections",
-                                     std::to_string(kConnectionsMax) + " are open", "end processes that hold one"});
+    connection->refusal = Error{ErrorCode::kPermission, "this daemon is not yours",
+                                "it runs as uid " + std::to_string(::geteuid()) + ", you are uid " +
+                                    std::to_string(peer.uid),
+                                "start a daemon of your own: kt-coproc run --model DIR"};
   }
   connection->pidfd = peer_pidfd(connection->socket.get(), peer.pid);
   const bool watched = watch(connection->socket.get(), 2 * connection->id).ok() &&
@@ -205,15 +189,10 @@ void Server::tick() {
 
 void Server::request_stop(bool drain, const std::string& who) {
   if (stopping_) return;
-  draining_ = true;
+  draining_ = true;  // run() stops when no session is left.
   status_.page().state.store(shm::DaemonState::kDraining, std::memory_order_relaxed);
-  const std::size_t sessions = num_sessions();
-  if (drain && sessions != 0) {
-    spdlog::info("{}: no new sessions, waiting for {} to leave", who, sessions);
-    return;
-  }
-  spdlog::info("{}: shutting down, {} sessions attached", who, sessions);
-  begin_stop();
+  spdlog::info("{}: shutting down{}, {} sessions attached", who, drain ? " when all have left" : "", num_sessions());
+  if (!drain) begin_stop();
 }
 
 void Server::begin_stop() {

@@ -25,10 +25,11 @@ class StallDetector {
   std::uint64_t since_ns_ = 0;
 };
 
-// A request that the daemon could work on is in flight. Collectives do not count: they wait for other ranks.
-bool work_in_flight(const shm::StatusPage& page);
+// A request that the daemon could work on is in flight. What waits for other ranks does not count: collectives, and with
+// --deterministic BACKWARDs too.
+bool work_in_flight(const shm::StatusPage& page, bool deterministic);
 
-// Everything the engine counts, in one number.
+// A number that changes with every request that is answered and every batch.
 std::uint64_t engine_progress(const shm::StatusPage& page);
 
 }  // namespace kt::coproc

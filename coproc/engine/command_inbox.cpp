@@ -32,10 +32,4 @@ bool CommandInbox::run_all() {
   return true;
 }
 
-void CommandInbox::clear() {
-  std::uint64_t count = 0;
-  while (::read(wake_.get(), &count, sizeof count) < 0 && errno == EINTR) {
-  }
-}
-
 }  // namespace kt::coproc

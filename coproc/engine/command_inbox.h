@@ -18,8 +18,7 @@ class CommandInbox {
   // Worker 0: runs what has been posted, in order. True if there was something.
   bool run_all();
   bool empty() const { return num_posted_.load(std::memory_order_acquire) == 0; }
-  int fd() const { return wake_.get(); }  // Readable after a post; run_all does not drain it, clear() does.
-  void clear();
+  int fd() const { return wake_.get(); }  // Readable after a post; whoever waits for it drains it.
 
  private:
   UniqueFd wake_;

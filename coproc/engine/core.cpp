@@ -53,9 +53,8 @@ std::uint64_t Core::sleep_ns_max(std::uint64_t now_ns) const {
     sleep_ns = std::min(sleep_ns, timeout_ns > waited_ns ? timeout_ns - waited_ns : 0);
   };
   for (const auto& [session_id, session] : sessions_) {
-    if (const std::uint64_t since_ns = waits_since(*session); since_ns != UINT64_MAX) {
-      until(since_ns, session->job->collective_timeout_ns);
-    }
+    const std::uint64_t since_ns = std::min(ring_wait_ns(*session), control_wait_ns(*session));
+    if (since_ns != UINT64_MAX) until(since_ns, session->job->collective_timeout_ns);
     if (!session->control) continue;
     if (const auto* join = std::get_if<JoinJob>(&session->control->what)) {
       until(session->control->asked_ns, join_timeout_ns(*join));

@@ -114,7 +114,10 @@ class Core {
   void run_in_rank_order(Job& job);
   Status apply_collective(Job& job, const Pending& lowest, shm::Reply& reply);
   void time_out(Job& job, std::uint64_t now_ns, std::uint64_t since_ns);
-  std::uint64_t waits_since(const Session& session) const;  // In a collective of its job; UINT64_MAX: it does not.
+  void disagree(Job& job, const std::string& collective, const Disagreement& disagreement);
+  // Since when a session waits in a collective of its job; UINT64_MAX: it does not.
+  std::uint64_t ring_wait_ns(const Session& session) const;     // Its head.
+  std::uint64_t control_wait_ns(const Session& session) const;  // adapter_create or adapter_delete.
 
   // control.cpp
   Session* session_for(std::uint32_t session_id, const Answer& answer);
@@ -127,12 +130,12 @@ class Core {
 
   // join.cpp
   bool run_joins(std::uint64_t now_ns);
-  bool run_join(const std::vector<Session*>& group, std::uint64_t now_ns);
+  bool run_join(std::vector<Session*>& group, std::uint64_t now_ns);
   void complete_join(const std::vector<Session*>& group);
   void fail_join(const std::vector<Session*>& group, const Error& error);
-  bool tell_late_joiner(Session& session);
+  void tell_late_joiner(Session& session);
   std::uint64_t join_timeout_ns(const JoinJob& join) const;
-  void leave_join(const Session& session, bool died);
+  void leave_join(const Session& session, SessionEnd why);
 
   // lifecycle.cpp
   Job& new_job(std::string id, std::string name);
@@ -161,7 +164,7 @@ class Core {
   CostEstimate forward_cost_, backward_cost_;
   bool memory_changed_ = true;
   bool shutting_down_ = false;
-  std::function<void()> on_shut_down_;
+  std::vector<std::function<void()>> on_shut_down_;
 };
 
 }  // namespace kt::coproc

@@ -92,18 +92,19 @@ Error stale_activation(const Session& session, const shm::Request& request, cons
                "run forward and backward before optimizer.step()"};
 }
 
-Error rank_gone(const Session& session, bool died, std::uint64_t now_ns) {
-  if (!died) {
+Error rank_gone(const Session& session, SessionEnd why, const Error& reason, std::uint64_t now_ns) {
+  const std::string last = "its last request was " + describe(session.last, now_ns);
+  const std::string step = std::to_string(session.job->step);
+  if (why == SessionEnd::kBye) {
     return Error{ErrorCode::kRankDied,
                  describe(session) + " has left: no collective of this job can complete any more",
-                 "it said bye at step " + std::to_string(session.job->step) + "; its last request was " +
-                     describe(session.last, now_ns),
-                 "let every rank finish training before the first one exits"};
+                 "it said bye at step " + step + "; " + last, "let every rank finish training before the first one exits"};
   }
-  return Error{ErrorCode::kRankDied, describe(session) + " died: the job has failed",
-               "its last request was " + describe(session.last, now_ns),
-               "restart the training job from its last checkpoint; READ still shows the adapters as of step " +
-                   std::to_string(session.job->step)};
+  const bool broke = why == SessionEnd::kProtocolError;
+  return Error{ErrorCode::kRankDied,
+               describe(session) + (broke ? " broke the protocol" : " died") + ": the job has failed",
+               (broke ? reason.why + "; " : "") + last,
+               "restart the training job from its last checkpoint; READ still shows the adapters as of step " + step};
 }
 
 Error shutting_down() {

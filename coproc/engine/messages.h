@@ -24,8 +24,8 @@ Error protocol_error(const Session& session, const shm::Request& request, std::s
 Error unknown_adapter(const Session& session, const shm::Request& request);
 Error unknown_activation(const Session& session, const shm::Request& request);
 Error stale_activation(const Session& session, const shm::Request& request, const Activation& activation);
-// A session's end, for its peers. died: by death or a broken protocol; otherwise it said bye.
-Error rank_gone(const Session& session, bool died, std::uint64_t now_ns);
+// A session's end, for its peers. reason: what it was told when it broke the protocol.
+Error rank_gone(const Session& session, SessionEnd why, const Error& reason, std::uint64_t now_ns);
 Error shutting_down();
 Error invalid_control(std::string what, std::string why, std::string fix);
 

@@ -58,6 +58,7 @@ class Loader {
     for (Buffers& one : buffers) KT_TRY_STATUS(allocate(one));
     {
       std::vector<std::jthread> threads;
+      threads.reserve(buffers.size());
       for (Buffers& one : buffers) threads.emplace_back([this, &one] { work(one); });
     }
     if (error_) return std::move(*error_);

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cinttypes>
+#include <cmath>
 #include <cstdio>
 
 namespace kt::coproc {
@@ -34,7 +35,7 @@ std::string rate(double bytes, double seconds) { return number(bytes / seconds /
 
 // "14 s", "3 min 20 s", "2 h 5 min"
 std::string duration(double seconds) {
-  const auto whole = static_cast<std::uint64_t>(seconds + 0.5);
+  const auto whole = static_cast<std::uint64_t>(std::llround(seconds));
   if (whole < 60) return format("%" PRIu64 " s", whole);
   if (whole < 3600) return format("%" PRIu64 " min %" PRIu64 " s", whole / 60, whole % 60);
   return format("%" PRIu64 " h %" PRIu64 " min", whole / 3600, whole % 3600 / 60);

@@ -11,8 +11,8 @@
 
 namespace kt::coproc {
 
-// "loading experts: 12.3 of 57.1 GB (21 %), 3.42 GB/s, 14 s left". GB = 10^9 bytes, MB below that; the rate is the mean since the
-// start. Without a rate yet, or with nothing left, those parts are missing.
+// "loading experts: 12.3 of 57.1 GB (21 %), 3.42 GB/s, 13 s left". GB = 10^9 bytes, MB below that; the rate is the
+// mean since the start. Without a rate yet, or with nothing left, those parts are missing.
 std::string progress_line(std::uint64_t bytes_done, std::uint64_t bytes_total, double seconds);
 // "loaded experts: 57.1 GB in 16.7 s (3.42 GB/s)"
 std::string summary_line(std::uint64_t bytes, double seconds);

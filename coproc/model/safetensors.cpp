@@ -121,7 +121,8 @@ class HeaderReader final : public nlohmann::json_sax<nlohmann::json> {
   bool number_float(number_float_t, const string_t& text) override { return unexpected("the number " + text); }
   bool binary(binary_t&) override { return unexpected("binary data"); }
   bool parse_error(std::size_t position, const std::string&, const nlohmann::json::exception&) override {
-    reason_ = "its header is not valid JSON near byte " + std::to_string(kSizeBytes + position);
+    // `position` counts the characters read, at least one.
+    reason_ = "its header is not valid JSON near byte " + std::to_string(kSizeBytes + position - 1);
     return false;
   }
 

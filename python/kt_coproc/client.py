@@ -18,17 +18,36 @@ import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Optional
 
-from . import _native, errors
+import torch
+
+from . import errors
 
 if TYPE_CHECKING:
     from .adapter import Adapter
     from .distributed import Membership
 
-_native.set_exceptions(errors.BY_CODE, errors.CoprocError)
-
 _lock = threading.RLock()
 _connections: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
 _default: Optional[Client] = None
+
+
+def _extension() -> Any:
+    """The extension: loaded when the first connection is made, not when torch is imported."""
+    try:
+        from . import _native
+    except ImportError as error:
+        raise errors.refusal("kt_coproc's extension cannot be loaded", f"{error}{_built_for()}",
+                             "install kt-coproc again, with the torch you use in the same environment") from error  # fmt: skip
+    _native.set_exceptions(errors.BY_CODE, errors.CoprocError)
+    return _native
+
+
+def _built_for() -> str:
+    try:
+        from . import _build
+    except ImportError:
+        return ""
+    return f"; it was built for torch {_build.TORCH_VERSION}, this is torch {torch.__version__}"
 
 
 class Connection:
@@ -44,7 +63,7 @@ class Connection:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.session = _native.Session(address, "", os.environ.get("KT_COPROC_JOB", ""))
+        self.session = _extension().Session(address, "", os.environ.get("KT_COPROC_JOB", ""))
         self.model: dict[str, Any] = self.session.model
         self.membership: Optional[Membership] = None
         self.solo = False

@@ -274,9 +274,17 @@ class RemoteLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' own adapter loading assigns Parameters, it does not call load_state_dict().
         if name == "weight" and isinstance(value, torch.Tensor) and not isinstance(value, RemoteTensor):
-            self.weight.push(value)
+            self._receive(value)
         else:
             super().__setattr__(name, value)
+
+    def _receive(self, values: torch.Tensor) -> None:
+        self.weight.push(values)
+        if self.weight.is_meta and not values.is_meta:  # PEFT's low_cpu_mem_usage: loading gives it a device.
+            source, requires_grad = self.weight.source, self.weight.requires_grad
+            self._parameters["weight"] = placeholder(
+                self.weight.shape, values.dtype, values.device, source, requires_grad
+            )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not _hidden:
@@ -297,7 +305,7 @@ class RemoteLinear(nn.Linear):
                 f"the shape in current model is {tuple(self.weight.shape)}."
             )
         else:
-            self.weight.push(values.real() if isinstance(values, RemoteTensor) else values)
+            self._receive(values.real() if isinstance(values, RemoteTensor) else values)
 
 
 def take_over(linear: nn.Linear, tensor_of: Callable[[torch.Size, Optional[torch.Tensor]], LoraTensor]) -> None:

@@ -43,10 +43,14 @@ CheckpointSpec golden_spec(Layout layout, WeightDType dtype) {
 }
 
 TEST(Fingerprint, IsWhatAnIndependentImplementationComputed) {
-  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kPerExpert, WeightDType::kBf16)), "@0");
-  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kFused, WeightDType::kBf16)), "@1");
-  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kPerExpert, WeightDType::kF32)), "@2");
-  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kFused, WeightDType::kF32)), "@3");
+  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kPerExpert, WeightDType::kBf16)),
+            "e69cfcd6c3626c846ddb3cbc50bd3c0d0b65cdff7de17d358e8c65f868372989");
+  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kFused, WeightDType::kBf16)),
+            "a5ed4c3c2d9923e3793c4ddebb2bc025c5ab979f74863f6092c7b463e44f7f47");
+  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kPerExpert, WeightDType::kF32)),
+            "4e610fd15ad0b5aa49864e82da4685b0f1c6e888acd554c06ea2528249b1d4da");
+  EXPECT_EQ(fingerprint_of(golden_spec(Layout::kFused, WeightDType::kF32)),
+            "73ed2e9843db684b19939ef0533fbb324441ae5b25f20e9ce746b573f72b78a0");
 }
 
 TEST(Fingerprint, DoesNotDependOnFiles) {

@@ -131,7 +131,8 @@ TEST(Loader, AFileThatShrinksWhileLoadingIsAnErrorNotACrash) {
   const std::string file = dir.file("model.safetensors");
   MeddlingSink sink([&] { std::filesystem::resize_file(file, 16000); });
   LoadProgress progress;
-  expect_bad_model(load_experts(checkpoint, ElementType::kBf16, sink, progress, 2), {file, "ends at byte", "417120 bytes when opened"});
+  expect_bad_model(load_experts(checkpoint, ElementType::kBf16, sink, progress, 2),
+                   {file, "ends at byte", "417120 bytes when opened"});
   EXPECT_LT(sink.experts.load(), 32);
 }
 

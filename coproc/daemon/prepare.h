@@ -1,0 +1,33 @@
+// Everything the daemon checks and decides before it starts anything.
+#pragma once
+#include <memory>
+#include <string>
+
+#include "coproc/daemon/options.h"
+#include "coproc/daemon/topology.h"
+#include "coproc/engine/engine.h"
+#include "coproc/experts/dims.h"
+#include "coproc/experts/weights.h"
+#include "coproc/model/checkpoint.h"
+#include "coproc/model/convert.h"
+#include "kernels/kernel_table.h"
+#include "shm/base/result.h"
+
+namespace kt::coproc {
+
+struct Prepared {
+  Checkpoint checkpoint;
+  std::string fingerprint;
+  ElementType element = ElementType::kBf16;
+  ExpertDims dims;
+  const kernels::KernelTable* table = nullptr;
+  Machine machine;
+  WorkerPlan workers;
+  std::unique_ptr<ExpertWeights> weights;  // Reserved, not loaded.
+  EngineOptions engine;
+};
+
+// kBadModel, then kNoResources: a CPU without the instructions, too little memory.
+Result<Prepared> prepare(const RunOptions& options);
+
+}  // namespace kt::coproc

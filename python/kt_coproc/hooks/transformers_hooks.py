@@ -1,0 +1,135 @@
+"""transformers: which checkpoint is being loaded, and the swap of its experts before anything is allocated."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from types import ModuleType, TracebackType
+from typing import Any, Optional
+
+from torch import nn
+
+from .. import _autoload, api, errors, experts, replay
+from ..adapter import Binding
+from ..client import default_client
+from .patching import Function, wrap
+
+# Tensors of the checkpoint that a swapped model does not want; its loader must not complain.
+_EXPERT_KEYS = r"layers\.\d+\..*experts\.(gate_up_proj|down_proj|\d+\.)"
+_local = threading.local()
+
+
+class _Loading:
+    """One call of from_pretrained. They nest: composite models, adapters that load their base model."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.files: Optional[list[str]] = None
+        self.parallel = [name for name in ("tp_plan", "tp_size", "distributed_config", "device_mesh")
+                         if arguments.get(name) is not None]  # fmt: skip
+        self._binding: Optional[Binding] = None
+        self._plain = False
+
+    def __enter__(self) -> _Loading:
+        self._outer = getattr(_local, "loading", None)
+        _local.loading = self
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+    ) -> None:
+        _local.loading = self._outer
+
+    def swap(self, model: nn.Module) -> None:
+        """post_init of a model that is being loaded: it is on meta, its device map is not computed yet.
+
+        Raises:
+            CoprocError: no daemon; CoprocModelMismatch: another model than the daemon's.
+        """
+        if self._plain or self.files is None or not experts.routed_experts(model):
+            return  # Dense, or built from a config.
+        if self._binding is None:
+            client = default_client()
+            if self.parallel:
+                raise errors.refusal("tensor and pipeline parallelism are not supported with experts in the co-process",
+                                     f"from_pretrained was given {', '.join(self.parallel)}",
+                                     "use data parallelism: DDP or FSDP2")  # fmt: skip
+            directory = os.path.dirname(self.files[0]) if self.files else ""
+            try:
+                api.require_same_model(client, type(model).__name__, directory, self.files)
+            except errors.CoprocModelMismatch:
+                if os.environ.get("KT_COPROC_OTHER_MODELS") != "plain":
+                    raise
+                self._plain = True
+                return
+            self._binding = Binding(client)
+        experts.swap(model, self._binding)
+
+
+def patch(modeling_utils: ModuleType) -> None:
+    """Public equivalents: none. An HfQuantizer could replace modules before loading too, but it sets quantisation flags
+    that Trainer and PEFT look at, and collides with real quantisation."""
+    model_class = modeling_utils.PreTrainedModel
+    # Bound by `from torch.utils.checkpoint import checkpoint`; wrapped already unless it was imported before us.
+    wrap(modeling_utils, "checkpoint", replay.wrap_checkpoint)
+    wrap(modeling_utils, "_get_resolved_checkpoint_files", _resolved)
+    wrap(model_class, "post_init", _post_init)
+    wrap(model_class, "save_pretrained", _save_pretrained)
+    # from_pretrained of an adapter's directory adds the adapter before it returns: PEFT must find the placeholders.
+    wrap(model_class, "load_adapter", _load_adapter)
+    model_class.from_pretrained = classmethod(_from_pretrained(model_class.from_pretrained.__func__))
+
+
+def _from_pretrained(original: Function) -> Function:
+    @functools.wraps(original)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        _autoload.raise_failure()
+        with _Loading(kwargs):
+            result = original(cls, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        experts.add_placeholders(model, model.dtype)
+        return result
+
+    return from_pretrained
+
+
+def _resolved(original: Function) -> Function:
+    def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        loading: Optional[_Loading] = getattr(_local, "loading", None)
+        if loading is not None:
+            files = [str(file) for file in result[0] or ()]
+            loading.files = files if all(file.endswith(".safetensors") for file in files) else []
+        return result
+
+    return _get_resolved_checkpoint_files
+
+
+def _post_init(original: Function) -> Function:
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        loading: Optional[_Loading] = getattr(_local, "loading", None)
+        if loading is not None:
+            loading.swap(self)
+        original(self, *args, **kwargs)
+        if experts.remote_modules(self):
+            self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | {_EXPERT_KEYS}
+
+    return post_init
+
+
+def _load_adapter(original: Function) -> Function:
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        experts.add_placeholders(self, self.dtype)
+        return original(self, *args, **kwargs)
+
+    return load_adapter
+
+
+def _save_pretrained(original: Function) -> Function:
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        # With adapters that transformers manages, only those are written.
+        if experts.remote_modules(self) and not getattr(self, "_hf_peft_config_loaded", False):
+            raise errors.weights_are_remote(f"{type(self).__name__}.save_pretrained({str(save_directory)!r}) refused")
+        return original(self, save_directory, *args, **kwargs)
+
+    return save_pretrained

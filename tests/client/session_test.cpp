@@ -1,0 +1,475 @@
+// A Session against a daemon in this process: splitting, releases, errors, shutdown. Death: failure_test.cpp.
+#include "client/session.h"
+
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "tests/client/client_test.h"
+#include "tests/client/fake_daemon.h"
+
+namespace kt::client {
+namespace {
+
+using testing::FakeDaemon;
+using testing::FakeModel;
+using testing::HangWatchdog;
+using testing::wait_until;
+
+std::unique_ptr<Session> connect(const FakeDaemon& daemon, std::uint64_t arena_bytes = shm::kArenaBytesMin) {
+  ConnectOptions options;
+  options.address = daemon.address();
+  options.arena_bytes = arena_bytes;
+  auto session = Session::connect(options);
+  EXPECT_TRUE(session.ok()) << session.error().text();
+  return std::move(session).value();
+}
+
+// The tensors of one experts call, and what the fake daemon makes of them.
+struct Call {
+  Call(const FakeModel& model, std::uint32_t tokens, unsigned seed)
+      : num_tokens(tokens), hidden(model.hidden_size), top_k(model.top_k) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const auto fill = [&](std::vector<float>& values, std::size_t count) {
+      values.resize(count);
+      for (float& value : values) value = normal(random);
+    };
+    fill(x, tokens * hidden);
+    fill(dy, tokens * hidden);
+    fill(weights, tokens * top_k);
+    ids.resize(tokens * top_k);
+    for (std::int32_t& id : ids) id = static_cast<std::int32_t>(random() % model.num_experts);
+    y.resize(x.size());
+    dx.resize(x.size());
+    dw.resize(weights.size());
+  }
+  Status forward(Session& session, std::uint64_t act_id, std::uint8_t flags = 0) {
+    return session.forward(1, 1, act_id, flags, num_tokens, x.data(), ids.data(), weights.data(), y.data());
+  }
+  Status backward(Session& session, std::uint64_t act_id, std::uint8_t flags = 0) {
+    return session.backward(act_id, flags, num_tokens, dy.data(), dx.data(), dw.data());
+  }
+  void expect_forward() const {
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      float sum = 0;
+      for (std::size_t j = i / hidden * top_k; j < (i / hidden + 1) * top_k; ++j) {
+        sum += weights[j] * static_cast<float>(ids[j] + 1);
+      }
+      ASSERT_EQ(y[i], x[i] + sum) << "element " << i;
+    }
+  }
+  void expect_backward() const {
+    for (std::size_t i = 0; i < dx.size(); ++i) ASSERT_EQ(dx[i], 2 * dy[i]) << "element " << i;
+    for (std::size_t i = 0; i < dw.size(); ++i) {
+      ASSERT_EQ(dw[i], dy[i / top_k * hidden] + static_cast<float>(ids[i])) << "element " << i;
+    }
+  }
+
+  std::uint32_t num_tokens;
+  std::size_t hidden, top_k;
+  std::vector<float> x, y, dy, dx, weights, dw;
+  std::vector<std::int32_t> ids;
+};
+
+std::size_t count_verb(const FakeDaemon& daemon, shm::Verb verb) {
+  const auto requests = daemon.requests();
+  return static_cast<std::size_t>(
+      std::count_if(requests.begin(), requests.end(), [verb](const auto& request) { return request.verb == verb; }));
+}
+
+TEST(Session, HelloSaysWhoWeAreAndTheModelComesBack) {
+  const HangWatchdog watchdog;
+  FakeDaemon daemon;
+  const auto session = connect(daemon);
+  EXPECT_EQ(session->model().num_experts, 8u);
+  EXPECT_EQ(session->model().moe_layers, (std::vector<std::uint32_t>{0, 1, 2, 3}));
+  EXPECT_EQ(session->model().path, "/models/fake");
+  EXPECT_EQ(session->model().daemon_pid, static_cast<std::uint32_t>(::getpid()));
+  EXPECT_TRUE(session->daemon_alive());
+  const auto hello = daemon.hello();
+  EXPECT_EQ(hello.at("pid"), ::getpid());
+  EXPECT_EQ(hello.at("protocol"), shm::kProtocolVersion);
+  EXPECT_FALSE(hello.contains("fingerprint"));
+  EXPECT_FALSE(hello.contains("name"));
+}
+
+TEST(Session, ARefusedHelloIsTheDaemonsError) {
+  const HangWatchdog watchdog;
+  FakeDaemon daemon;
+  daemon.answer_next({{"ok", false}, {"error", {{"code", 9}, {"what", "w"}, {"why", "y"}, {"fix", "f"}}}});
+  ConnectOptions options;
+  options.address = daemon.address();
+  options.fingerprint = "other";
+  options.name = "job";
+  const auto session = Session::connect(options);
+  ASSERT_FALSE(session.ok());
+  EXPECT_EQ(session.error().code, ErrorCode::kModelMismatch);
+  EXPECT_EQ(daemon.hello().at("fingerprint"), "other");
+  EXPECT_EQ(daemon.hello().at("name"), "job");
+}
+
+TEST(Session, AHelloThatIsNotUnderstoodIsAVersionMismatch) {
+  const HangWatchdog watchdog;
+  FakeDaemon daemon;
+  daemon.answer_next({{"ok", true}, {"model", "not an object"}});
+  ConnectOptions options;
+  options.address = daemon.address();
+  const auto session = Session::connect(options);
+  ASSERT_FALSE(session.ok());
+  EXPECT_EQ(session.error().code, ErrorCode::kVersionMismatch);
+}
+
+TEST(Session, ACallLargerThanTheArenaIsSplitAndGivesTheSame) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);  // 2 MiB: about 7,500 tokens of 272 bytes.
+  Call call(model, 20'000, 1);
+  const std::uint64_t act_id = session->new_act_id();
+  ASSERT_TRUE(call.forward(*session, act_id, shm::kKeepY).ok());
+  call.expect_forward();
+  EXPECT_EQ(count_verb(daemon, shm::Verb::kForward), 3u);
+  EXPECT_EQ(daemon.num_live_activations(), 3u);
+
+  const std::vector<float> first_y = std::exchange(call.y, std::vector<float>(call.y.size()));
+  ASSERT_TRUE(session->fetch(act_id, call.num_tokens, call.y.data()).ok());
+  EXPECT_EQ(call.y, first_y);
+
+  ASSERT_TRUE(call.backward(*session, act_id, shm::kKeep | shm::kAccumulate).ok());
+  call.expect_backward();
+  EXPECT_EQ(daemon.num_live_activations(), 3u);
+  ASSERT_TRUE(call.backward(*session, act_id, shm::kAccumulate).ok());
+  EXPECT_EQ(daemon.num_live_activations(), 0u);
+  const Status again = call.backward(*session, act_id, 0);
+  ASSERT_FALSE(again.ok());
+  EXPECT_EQ(again.error().code, ErrorCode::kNotFound);
+}
+
+TEST(Session, NoRequestHasMoreTokensThanTheDaemonTakes) {
+  const HangWatchdog watchdog;
+  FakeModel model;
+  model.batch_tokens_max = 100;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 250, 2);
+  ASSERT_TRUE(call.forward(*session, 0).ok());
+  call.expect_forward();
+  for (const shm::Request& request : daemon.requests()) EXPECT_LE(request.num_tokens, 100u);
+  EXPECT_EQ(daemon.requests().size(), 3u);
+}
+
+TEST(Session, NoTokensAreStillARequest) {
+  const HangWatchdog watchdog;
+  FakeDaemon daemon;
+  const auto session = connect(daemon);
+  const std::uint64_t act_id = session->new_act_id();
+  ASSERT_TRUE(session->forward(0, 1, act_id, 0, 0, nullptr, nullptr, nullptr, nullptr).ok());
+  ASSERT_TRUE(session->backward(act_id, shm::kAccumulate, 0, nullptr, nullptr, nullptr).ok());
+  EXPECT_EQ(count_verb(daemon, shm::Verb::kBackward), 1u);
+  EXPECT_EQ(daemon.num_live_activations(), 0u);
+}
+
+TEST(Session, ASplitForwardThatFailsHalfWayReleasesWhatItKept) {
+  const HangWatchdog watchdog;
+  FakeModel model;
+  model.batch_tokens_max = 100;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 250, 3);
+  daemon.refuse_next({ErrorCode::kActivationLimit, "full", "1 of 1", "wait"}, 1);
+  const Status status = call.forward(*session, session->new_act_id());
+  ASSERT_FALSE(status.ok());
+  EXPECT_EQ(status.error().code, ErrorCode::kActivationLimit);
+  EXPECT_EQ(count_verb(daemon, shm::Verb::kForward), 2u);
+  wait_until([&] { return daemon.num_live_activations() == 0; });
+}
+
+TEST(Session, IdsBeyondTheLastExpertBecomeTheSentinelAndNegativeOnesAreRefused) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 3, 4);
+  call.ids[2] = 1'000'000;
+  const std::uint64_t act_id = session->new_act_id();
+  ASSERT_TRUE(call.forward(*session, act_id).ok());
+  EXPECT_EQ(call.ids[2], 1'000'000) << "the caller's ids stay as they are";
+  call.ids[2] = static_cast<std::int32_t>(model.num_experts);
+  call.expect_forward();
+  call.ids[2] = -1;
+  const Status refused = call.forward(*session, session->new_act_id());
+  ASSERT_FALSE(refused.ok());
+  EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_EQ(count_verb(daemon, shm::Verb::kForward), 1u) << "the session would have ended";
+}
+
+TEST(Session, MistakesThatWouldEndTheSessionAreRefusedBeforeTheyAreSent) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 3, 5);
+  const std::uint64_t act_id = session->new_act_id();
+  EXPECT_FALSE(session->forward(77, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr).ok());
+  EXPECT_FALSE(call.forward(*session, 0, shm::kKeepY).ok());
+  EXPECT_FALSE(call.forward(*session, act_id, shm::kAccumulate).ok());
+  EXPECT_FALSE(session->step(1, 1, {}, std::vector<std::uint8_t>(3)).ok());
+  EXPECT_FALSE(session->step(1, 1, {}, std::vector<std::uint8_t>(24, 0)).ok());
+  EXPECT_FALSE(session->squared_norm(1, std::vector<std::uint8_t>(23)).ok());
+  EXPECT_TRUE(daemon.requests().empty());
+  ASSERT_TRUE(call.forward(*session, act_id).ok());
+  EXPECT_FALSE(call.forward(*session, act_id).ok());
+  EXPECT_FALSE(session->backward(act_id, 0, 2, call.dy.data(), call.dx.data(), call.dw.data()).ok());
+  EXPECT_EQ(daemon.requests().size(), 1u);
+}
+
+TEST(Session, ReleasedActivationsGoAwayWithoutAFurtherRequest) {
+  const HangWatchdog watchdog;
+  FakeModel model;
+  model.batch_tokens_max = 4;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 10, 6);
+  std::vector<std::uint64_t> act_ids;
+  for (int i = 0; i < 150; ++i) {  // 450 chunks: more than the ring has slots.
+    act_ids.push_back(session->new_act_id());
+    ASSERT_TRUE(call.forward(*session, act_ids.back()).ok());
+  }
+  EXPECT_EQ(daemon.num_live_activations(), 450u);
+  for (const std::uint64_t act_id : act_ids) session->release(act_id);
+  session->release(act_ids.front());
+  session->release(12345);
+  wait_until([&] { return daemon.num_live_activations() == 0; });
+  EXPECT_EQ(count_verb(daemon, shm::Verb::kRelease), 450u);
+}
+
+TEST(Session, ReleasesGoBeforeTheNextRequest) {
+  const HangWatchdog watchdog;
+  FakeModel model;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 10, 7);
+  std::vector<std::uint64_t> act_ids;
+  for (int i = 0; i < 300; ++i) {
+    act_ids.push_back(session->new_act_id());
+    ASSERT_TRUE(call.forward(*session, act_ids.back()).ok());
+  }
+  for (const std::uint64_t act_id : act_ids) session->release(act_id);
+  ASSERT_TRUE(call.forward(*session, 0).ok());
+  EXPECT_EQ(daemon.num_live_activations(), 0u);
+}
+
+TEST(Session, AdapterTensorsAreReadAndWrittenInPartsOfTheArena) {
+  const HangWatchdog watchdog;
+  FakeModel model;
+  model.hidden_size = 2048;
+  model.intermediate_size = 1024;
+  const std::uint32_t r = 64;  // 512 KiB an expert: three fit into 2 MiB.
+  FakeDaemon daemon(model, r);
+  const auto session = connect(daemon);
+  ASSERT_TRUE(session->create_adapter(1, {{0, 2}, {r, 2.0}, true, {r, 2.0}}).ok());
+  std::vector<float> values(model.num_experts * std::size_t{r} * model.hidden_size);
+  std::iota(values.begin(), values.end(), 0.0f);
+  const TensorRef ref{shm::TensorKind::kParam, 2, shm::AdapterTensor::kGateA, 0, model.num_experts};
+  ASSERT_TRUE(session->write(1, ref, values).ok());
+  EXPECT_EQ(count_verb(daemon, shm::Verb::kWrite), 3u);
+  std::vector<float> read_back(values.size());
+  ASSERT_TRUE(session->read(1, ref, read_back).ok());
+  EXPECT_EQ(read_back, values);
+  std::vector<float> one(r * std::size_t{model.hidden_size});
+  TensorRef third = ref;
+  third.first_expert = 3;
+  third.num_experts = 1;
+  ASSERT_TRUE(session->read(1, third, one).ok());
+  EXPECT_TRUE(std::equal(one.begin(), one.end(), values.begin() + 3 * static_cast<std::ptrdiff_t>(one.size())));
+  std::vector<float> t(1);
+  EXPECT_TRUE(session->read(1, {shm::TensorKind::kT, 2, shm::AdapterTensor::kGateA, 0, 0}, t).ok());
+}
+
+TEST(Session, TensorsThatDoNotExistOrDoNotFitAreRefused) {
+  const HangWatchdog watchdog;
+  FakeModel model;
+  model.hidden_size = 4096;
+  FakeDaemon daemon(model, 256);
+  const auto session = connect(daemon);
+  ASSERT_TRUE(session->create_adapter(1, {{0}, {256, 2.0}, true, {0, 0.0}}).ok());
+  std::vector<float> values(256 * std::size_t{model.hidden_size});
+  const auto code = [&](std::uint32_t adapter, std::uint32_t layer, shm::AdapterTensor tensor, std::uint32_t first) {
+    const Status status = session->read(adapter, {shm::TensorKind::kParam, layer, tensor, first, 1}, values);
+    return status.ok() ? ErrorCode::kOk : status.error().code;
+  };
+  EXPECT_EQ(code(2, 0, shm::AdapterTensor::kGateA, 0), ErrorCode::kNotFound);
+  EXPECT_EQ(code(1, 1, shm::AdapterTensor::kGateA, 0), ErrorCode::kNotFound);
+  EXPECT_EQ(code(1, 0, shm::AdapterTensor::kUpA, 0), ErrorCode::kNotFound) << "one A for gate and up";
+  EXPECT_EQ(code(1, 0, shm::AdapterTensor::kDownA, 0), ErrorCode::kNotFound) << "down is not adapted";
+  EXPECT_EQ(code(1, 0, shm::AdapterTensor::kGateB, 0), ErrorCode::kInvalidArgument) << "another size";
+  EXPECT_EQ(code(1, 0, shm::AdapterTensor::kGateA, 8), ErrorCode::kInvalidArgument) << "8 experts only";
+  EXPECT_EQ(code(1, 0, shm::AdapterTensor::kGateA, 0), ErrorCode::kInvalidArgument) << "4 MiB in an arena of 2 MiB";
+  EXPECT_TRUE(daemon.requests().empty());
+  ASSERT_TRUE(session->delete_adapter(1).ok());
+  EXPECT_EQ(code(1, 0, shm::AdapterTensor::kGateA, 0), ErrorCode::kNotFound);
+}
+
+TEST(Session, CollectivesCarryWhatTheyWereGivenAndStepsAreCounted) {
+  const HangWatchdog watchdog;
+  FakeDaemon daemon;
+  const auto session = connect(daemon);
+  EXPECT_EQ(session->steps(), 0u);
+  const auto joined = session->join({"job", "name", 1, 2, {0, 1}, 5.0});
+  ASSERT_TRUE(joined.ok());
+  EXPECT_EQ(joined.value(), 7u);
+  std::vector<std::uint8_t> group_of(24, 0);
+  group_of[5] = shm::kFrozen;
+  const auto norm = session->squared_norm(1, group_of);
+  ASSERT_TRUE(norm.ok());
+  EXPECT_EQ(norm.value(), 23.0);
+  const std::vector<shm::StepGroup> groups = {{1e-3, 0.9, 0.999, 1e-8, 0.01, 1}};
+  ASSERT_TRUE(session->step(1, 0.5, groups, group_of).ok());
+  ASSERT_TRUE(session->barrier(1).ok());
+  ASSERT_TRUE(session->discard(1).ok());
+  EXPECT_EQ(session->steps(), 8u);
+  const auto requests = daemon.requests();
+  ASSERT_EQ(requests.size(), 4u);
+  EXPECT_EQ(requests[1].verb, shm::Verb::kStep);
+  EXPECT_EQ(requests[1].step, 7u);
+  daemon.refuse_next({ErrorCode::kDisagreement, "a", "b", "c"});
+  EXPECT_FALSE(session->step(1, 0.5, groups, group_of).ok());
+  EXPECT_EQ(session->steps(), 8u) << "a step that failed is not counted";
+}
+
+TEST(Session, ManyThreadsShareASmallArena) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < 6; ++i) {
+    threads.emplace_back([&, i] {
+      for (unsigned round = 0; round < 12; ++round) {
+        Call call(model, (i * 12 + round) % 5 == 0 ? 9000 : 1 + 700 * i, 100 * i + round);
+        const std::uint64_t act_id = session->new_act_id();
+        ASSERT_TRUE(call.forward(*session, act_id).ok());
+        call.expect_forward();
+        if (round % 3 == 0) {
+          session->release(act_id);
+        } else {
+          ASSERT_TRUE(call.backward(*session, act_id).ok());
+          call.expect_backward();
+        }
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  wait_until([&] { return daemon.num_live_activations() == 0; });
+}
+
+TEST(Session, AShutdownCompletesWhatIsInFlightAndIsNamedAfterwards) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 5, 8);
+  daemon.hold(true);
+  std::thread in_flight([&] { EXPECT_TRUE(call.forward(*session, 0).ok()); });
+  wait_until([&] { return daemon.requests().size() == 1; });
+  daemon.shut_down();
+  daemon.hold(false);
+  in_flight.join();
+  call.expect_forward();
+  daemon.hang_up();
+  wait_until([&] { return !session->daemon_alive(); });
+  for (const Status& status : {call.forward(*session, 0), session->barrier(1), session->delete_adapter(1)}) {
+    ASSERT_FALSE(status.ok());
+    EXPECT_EQ(status.error().code, ErrorCode::kCoprocDied);
+    EXPECT_NE(status.error().what.find("shut down"), std::string::npos) << status.error().text();
+    EXPECT_NE(status.error().what.find(std::to_string(::getpid())), std::string::npos) << "names the daemon's pid";
+  }
+}
+
+TEST(Session, ASessionThatTheDaemonEndsIsNotADeadDaemon) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  FakeDaemon daemon(model);
+  const auto session = connect(daemon);
+  Call call(model, 5, 9);
+  daemon.refuse_next({ErrorCode::kInvalidArgument, "a malformed request", "layer is 99", "fix it"});
+  EXPECT_EQ(call.forward(*session, 0).error().code, ErrorCode::kInvalidArgument);
+  daemon.hold(true);
+  std::thread waiter([&] {
+    const Status status = call.forward(*session, 0);
+    ASSERT_FALSE(status.ok());
+    EXPECT_EQ(status.error().code, ErrorCode::kInvalidArgument);
+    for (const float value : call.y) EXPECT_TRUE(std::isnan(value));
+  });
+  wait_until([&] { return daemon.requests().size() == 2; });
+  daemon.hang_up();
+  waiter.join();
+  const Status later = session->barrier(1);
+  ASSERT_FALSE(later.ok());
+  EXPECT_EQ(later.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_NE(later.error().why.find("layer is 99"), std::string::npos) << later.error().text();
+  EXPECT_TRUE(session->daemon_alive());
+  const Status control = session->delete_adapter(1);
+  ASSERT_FALSE(control.ok());
+  EXPECT_EQ(control.error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST(Session, AForkedChildIsRefusedAndDoesNotKeepTheSessionOpen) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  FakeDaemon daemon(model);
+  auto session = connect(daemon);
+  Call call(model, 5, 10);
+  const std::uint64_t act_id = session->new_act_id();
+  ASSERT_TRUE(call.forward(*session, act_id).ok());
+  int wait_for_parent[2];
+  ASSERT_EQ(::pipe(wait_for_parent), 0);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::close(wait_for_parent[1]);
+    const bool refused = call.forward(*session, 0).error().code == ErrorCode::kUnsupported &&
+                         session->barrier(1).error().code == ErrorCode::kUnsupported &&
+                         session->delete_adapter(1).error().code == ErrorCode::kUnsupported;
+    session->release(act_id);
+    session.reset();
+    char byte = 0;
+    const bool parent_closed = ::read(wait_for_parent[0], &byte, 1) == 0;  // Lives on while the parent leaves.
+    ::_exit(refused && parent_closed ? 0 : 1);
+  }
+  ::close(wait_for_parent[0]);
+  EXPECT_EQ(daemon.num_live_activations(), 1u);
+  ASSERT_TRUE(call.backward(*session, act_id).ok()) << "the child's use and destructor changed nothing";
+  session.reset();
+  wait_until([&] { return daemon.client_left(); });
+  ::close(wait_for_parent[1]);
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+}
+
+TEST(Session, DestroyingASessionWithHeldReleasesAndADeadDaemonDoesNotHang) {
+  const HangWatchdog watchdog;
+  const FakeModel model;
+  auto daemon = std::make_unique<FakeDaemon>(model);
+  auto session = connect(*daemon);
+  Call call(model, 5, 11);
+  const std::uint64_t act_id = session->new_act_id();
+  ASSERT_TRUE(call.forward(*session, act_id).ok());
+  daemon->hold(true);
+  session->release(act_id);
+  wait_until([&] { return count_verb(*daemon, shm::Verb::kRelease) == 1; });
+  daemon.reset();
+  session.reset();
+}
+
+}  // namespace
+}  // namespace kt::client
