@@ -12,7 +12,7 @@ namespace {
 
 constexpr long kArchReqXcompPerm = 0x1023;  // Linux uapi/asm/prctl.h
 constexpr long kXfeatureTileData = 18;
-constexpr std::uint64_t kXcr0Avx512 = 0xe6;     // SSE, AVX, opmask, upper halves of zmm0-15, zmm16-31
+constexpr std::uint64_t kXcr0Avx512 = 0xe6;    // SSE, AVX, opmask, upper halves of zmm0-15, zmm16-31
 constexpr std::uint64_t kXcr0Tiles = 0x60000;  // tile configuration, tile data
 
 // One requirement, under the name that /proc/cpuinfo gives it where it has one.

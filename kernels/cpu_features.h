@@ -17,8 +17,8 @@ std::uint32_t cpu_features();
 // What this host lacks of `required`, for people: "avx512f, avx512_bf16". Empty when nothing is missing.
 std::string missing_cpu_features(std::uint32_t required);
 
-// From now on cpu_features() returns `features`, whatever the CPU says; nullopt: the CPU's own again. Only for tests that
-// execute a table the CPU cannot run, under an emulator: CPUID cannot be made to lie.
+// From now on cpu_features() returns `features`, whatever the CPU says; nullopt: the CPU's own again. Only for tests
+// that execute a table the CPU cannot run, under an emulator: CPUID cannot be made to lie.
 void override_cpu_features_for_test(std::optional<std::uint32_t> features);
 
 }  // namespace kt::kernels

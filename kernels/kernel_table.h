@@ -40,13 +40,13 @@ struct Panels {
 //   decoupled: p *= 1 - lr·weight_decay; else g += weight_decay·p
 //   m += (g - m)(1 - beta1);  v = beta2·v + (1 - beta2)·g²;  p -= step_size · m / (sqrt(v)/bias_correction2_sqrt + eps)
 struct AdamwArgs {
-  float grad_scale;        // g = grad_scale · s
-  float decay;             // decoupled: 1 - lr·weight_decay, else 1
-  float l2;                // decoupled: 0, else weight_decay
+  float grad_scale;  // g = grad_scale · s
+  float decay;       // decoupled: 1 - lr·weight_decay, else 1
+  float l2;          // decoupled: 0, else weight_decay
   float one_minus_beta1;
   float beta2;
   float one_minus_beta2;
-  float step_size;         // lr / (1 - beta1^t)
+  float step_size;  // lr / (1 - beta1^t)
   float bias_correction2_sqrt;
   float eps;
 };
@@ -90,9 +90,9 @@ struct KernelTable {
 
   // grad[r, n] f32 (ldg) += scale · Σ_m left[m, r]·row_scale[m]·right[m, n]; left f32 (ldl), right elements (ldr),
   // row_scale null = 1. transposed: grad is [n, r]. Summed over m ascending in fp32, then added once.
-  void (*lora_wgrad)(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr,
-                     const float* row_scale, std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad,
-                     std::int64_t ldg, bool transposed);
+  void (*lora_wgrad)(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr, const float* row_scale,
+                     std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad, std::int64_t ldg,
+                     bool transposed);
 
   // y[t, 0…n) = round(Σ_j weight[t,j] · rows[route_row[t,j]]) over j ascending in fp32; route_row -1 adds nothing;
   // weight null = 1. rows elements (ld), y elements (ldy).

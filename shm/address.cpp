@@ -49,9 +49,12 @@ Error no_daemon(const std::string& path, std::string why) {
 Error connect_error(const std::string& path) {
   switch (errno) {
     case ENOENT:
-    case ENOTDIR: return no_daemon(path, "there is no such socket");
-    case ECONNREFUSED: return no_daemon(path, "nobody listens on it: it was left by a daemon that was killed");
-    case EPROTOTYPE: return no_daemon(path, "it is the socket of another program");
+    case ENOTDIR:
+      return no_daemon(path, "there is no such socket");
+    case ECONNREFUSED:
+      return no_daemon(path, "nobody listens on it: it was left by a daemon that was killed");
+    case EPROTOTYPE:
+      return no_daemon(path, "it is the socket of another program");
     case EACCES:
     case EPERM:
       return Error{ErrorCode::kPermission, "connecting to " + path + " is not allowed",
@@ -61,7 +64,8 @@ Error connect_error(const std::string& path) {
       return Error{ErrorCode::kTimeout, "the daemon at " + path + " does not answer",
                    "it accepted no connection for " + std::to_string(kConnectTimeout.tv_sec) + " s",
                    "see its log, or restart it"};
-    default: return os_error("connect", path, kStartFix);
+    default:
+      return os_error("connect", path, kStartFix);
   }
 }
 
@@ -106,7 +110,9 @@ Result<UniqueFd> connect_daemon(const std::string& socket_path) {
   KT_TRY(const std::string path, checked_length(socket_path));
   KT_TRY_STATUS(check_not_writable_by_others(path));
   const std::size_t slash = path.rfind('/');
-  KT_TRY_STATUS(check_not_writable_by_others(slash == 0 ? "/" : slash == std::string::npos ? "." : path.substr(0, slash)));
+  KT_TRY_STATUS(check_not_writable_by_others(slash == 0                   ? "/"
+                                             : slash == std::string::npos ? "."
+                                                                          : path.substr(0, slash)));
 
   UniqueFd socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
   if (!socket.valid()) return os_error("socket", path, "raise the limit on open files: ulimit -n");

@@ -51,7 +51,7 @@ Result<bool> wait_readable(int socket, std::chrono::milliseconds timeout) {
 // Takes ownership of every descriptor that came with a packet, wanted or not.
 std::vector<UniqueFd> take_descriptors(const msghdr& message) {
   std::vector<UniqueFd> descriptors;
-  msghdr& header = const_cast<msghdr&>(message);  // CMSG_NXTHDR takes no const pointer; it only reads.
+  auto& header = const_cast<msghdr&>(message);  // CMSG_NXTHDR takes no const pointer; it only reads.
   for (cmsghdr* part = CMSG_FIRSTHDR(&header); part != nullptr; part = CMSG_NXTHDR(&header, part)) {
     if (part->cmsg_level != SOL_SOCKET || part->cmsg_type != SCM_RIGHTS) continue;
     const std::size_t num_descriptors = (part->cmsg_len - CMSG_LEN(0)) / sizeof(int);
@@ -73,7 +73,7 @@ Result<Packet> parse_packet(std::string_view text, std::vector<UniqueFd> descrip
   const auto ok = body.find("ok");
   const bool is_request = op != body.end() && op->is_string();
   const bool is_reply = ok != body.end() && ok->is_boolean();
-  if (!is_request && !is_reply) return malformed("neither \"op\" (a string) nor \"ok\" (a boolean) in it");
+  if (!is_request && !is_reply) return malformed(R"(neither "op" (a string) nor "ok" (a boolean) in it)");
   return Packet{std::move(body), std::move(descriptors)};
 }
 
@@ -154,7 +154,8 @@ Result<Packet> receive_packet(int socket, std::chrono::milliseconds timeout) {
     }
     std::vector<UniqueFd> descriptors = take_descriptors(message);
     if (got == 0) return peer_gone();  // SEQPACKET: the end, or an empty packet, which is no better.
-    if ((message.msg_flags & MSG_TRUNC) != 0) return malformed("more than " + std::to_string(kPacketBytesMax) + " bytes");
+    if ((message.msg_flags & MSG_TRUNC) != 0)
+      return malformed("more than " + std::to_string(kPacketBytesMax) + " bytes");
     if ((message.msg_flags & MSG_CTRUNC) != 0) {
       return malformed("more than " + std::to_string(kPacketDescriptorsMax) + " descriptors, or no room for them");
     }

@@ -15,7 +15,8 @@
 //   {"op":"join","job_id":"…","name":"…","rank":N,"world_size":N,"members":[…],"timeout_seconds":X}
 //       members: ranks on this daemon, ascending. Answered when all have joined. -> {"ok":true,"step":N}
 //   {"op":"bye"}                             -> {"ok":true}; the session ends.
-//   {"op":"status"}                          -> {"ok":true,"pid":N} + descriptor [status page, read-only]; no session needed.
+//   {"op":"status"}                          -> {"ok":true,"pid":N} + descriptor [status page, read-only]; no session
+//   needed.
 //   {"op":"stop","drain":bool}               -> {"ok":true,"pid":N}; the socket closes when the daemon has gone.
 // A refusal of any of them: {"ok":false,"error":{"code":N,"what":"…","why":"…","fix":"…"}}.
 //

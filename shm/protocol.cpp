@@ -12,17 +12,28 @@ static_assert(kMessagesOffset + std::uint64_t{kNumSlots} * kMessageBytes <= kAre
 
 const char* verb_name(Verb verb) {
   switch (verb) {
-    case Verb::kNone: return "NONE";
-    case Verb::kForward: return "FORWARD";
-    case Verb::kFetch: return "FETCH";
-    case Verb::kBackward: return "BACKWARD";
-    case Verb::kRelease: return "RELEASE";
-    case Verb::kRead: return "READ";
-    case Verb::kWrite: return "WRITE";
-    case Verb::kBarrier: return "BARRIER";
-    case Verb::kNorm: return "NORM";
-    case Verb::kDiscard: return "DISCARD";
-    case Verb::kStep: return "STEP";
+    case Verb::kNone:
+      return "NONE";
+    case Verb::kForward:
+      return "FORWARD";
+    case Verb::kFetch:
+      return "FETCH";
+    case Verb::kBackward:
+      return "BACKWARD";
+    case Verb::kRelease:
+      return "RELEASE";
+    case Verb::kRead:
+      return "READ";
+    case Verb::kWrite:
+      return "WRITE";
+    case Verb::kBarrier:
+      return "BARRIER";
+    case Verb::kNorm:
+      return "NORM";
+    case Verb::kDiscard:
+      return "DISCARD";
+    case Verb::kStep:
+      return "STEP";
   }
   return "unknown";
 }

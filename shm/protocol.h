@@ -33,11 +33,11 @@ inline constexpr std::uint32_t kMessageBytes = 1024;
 inline constexpr std::uint64_t kPayloadAlignment = 256;  // Every payload part starts at a multiple of this.
 
 inline constexpr std::uint64_t kRingOffset = 4096;
-inline constexpr std::uint64_t kFlagsOffset = 36 * 1024;
-inline constexpr std::uint64_t kMessagesOffset = 64 * 1024;
-inline constexpr std::uint64_t kArenaOffset = 2 * 1024 * 1024;  // A huge-page boundary.
-inline constexpr std::uint64_t kArenaBytesMin = 1024 * 1024;
-inline constexpr std::uint64_t kArenaBytesDefault = 64 * 1024 * 1024;
+inline constexpr std::uint64_t kFlagsOffset = std::uint64_t{36} * 1024;
+inline constexpr std::uint64_t kMessagesOffset = std::uint64_t{64} * 1024;
+inline constexpr std::uint64_t kArenaOffset = std::uint64_t{2} * 1024 * 1024;  // A huge-page boundary.
+inline constexpr std::uint64_t kArenaBytesMin = std::uint64_t{1} * 1024 * 1024;
+inline constexpr std::uint64_t kArenaBytesDefault = std::uint64_t{64} * 1024 * 1024;
 inline constexpr std::uint64_t kArenaBytesMax = std::uint64_t{16} * 1024 * 1024 * 1024;
 
 inline constexpr std::uint32_t kNumAdapterTensors = 6;  // See AdapterTensor.
@@ -140,7 +140,7 @@ struct SegmentHeader {
   std::uint32_t session_id;
   std::uint64_t segment_bytes;
   std::uint64_t arena_bytes;
-  std::uint32_t page_bytes;   // 4096, or 2 MiB where huge pages could be had.
+  std::uint32_t page_bytes;  // 4096, or 2 MiB where huge pages could be had.
   std::uint32_t daemon_pid;
   alignas(128) std::atomic<std::uint32_t> daemon_sleeping;  // S0/S1.
   alignas(128) std::atomic<SessionState> state;

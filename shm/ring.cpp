@@ -1,10 +1,9 @@
 #include "shm/ring.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <ctime>
 #include <string_view>
 #include <type_traits>
 
@@ -91,7 +90,7 @@ std::optional<std::uint64_t> RankRing::try_submit(const Request& request) {
   slot_busy_[index] = true;
   Slot& slot = segment_.slot(index);
   store_words(slot.request.words, request);
-  slot.reply.waiting.store(0, std::memory_order_relaxed);  // Nobody waits for this request yet.
+  slot.reply.waiting.store(0, std::memory_order_relaxed);                  // Nobody waits for this request yet.
   slot.request.sequence.store(next_sequence_, std::memory_order_seq_cst);  // R0 ↔ A0, S0
   return next_sequence_++;
 }
@@ -188,7 +187,7 @@ void DaemonRing::reply(std::uint64_t sequence, Reply reply, const Error* error) 
   }
   ReplyLine& line = segment_.slot(index).reply;
   store_words(line.words, reply);
-  line.done_seq.store(low_word(sequence), std::memory_order_seq_cst);  // R1 ↔ A1, S3 ↔ S2
+  line.done_seq.store(low_word(sequence), std::memory_order_seq_cst);                    // R1 ↔ A1, S3 ↔ S2
   if (line.waiting.load(std::memory_order_seq_cst) != 0) futex_wake_all(line.done_seq);  // S3 ↔ S2
 }
 

@@ -13,8 +13,8 @@ namespace {
 
 constexpr std::uint32_t kHugePageBytes = 2 * 1024 * 1024;
 constexpr std::uint32_t kSmallPageBytes = 4096;
-constexpr int kMadvCollapse = 25;  // MADV_COLLAPSE of Linux 6.1; glibc 2.36 does not name it.
-constexpr int kMadvPopulateWrite = 23;  // MADV_POPULATE_WRITE of Linux 5.14: fails where a store would be SIGBUS.
+constexpr int kMadvCollapse = 25;            // MADV_COLLAPSE of Linux 6.1; glibc 2.36 does not name it.
+constexpr int kMadvPopulateWrite = 23;       // MADV_POPULATE_WRITE of Linux 5.14: fails where a store would be SIGBUS.
 constexpr unsigned kMfdHuge2Mb = 21u << 26;  // MFD_HUGE_2MB of linux/memfd.h: log2 of the page size.
 constexpr int kSealsRequired = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
 constexpr const char* kMemoryFix = "lower --arena or free memory; see `free -m` and the container's memory limit";
@@ -27,7 +27,7 @@ void* free_aligned_address(std::uint64_t bytes) {
   if (start == MAP_FAILED) return nullptr;
   ::munmap(start, room);
   const auto address = reinterpret_cast<std::uintptr_t>(start);
-  return reinterpret_cast<void*>(round_up(address, kHugePageBytes));
+  return static_cast<std::byte*>(start) + (round_up(address, kHugePageBytes) - address);
 }
 
 Result<bip::mapped_region> map_region(const Memfd& memfd, bip::mode_t mode, std::uint64_t bytes) {
@@ -163,9 +163,7 @@ Result<Segment> Segment::attach(UniqueFd fd) {
   return Segment(std::move(memfd), std::move(region), arena_bytes, page_bytes);
 }
 
-std::byte* Segment::at(std::uint64_t offset) const {
-  return static_cast<std::byte*>(region_.get_address()) + offset;
-}
+std::byte* Segment::at(std::uint64_t offset) const { return static_cast<std::byte*>(region_.get_address()) + offset; }
 
 SegmentHeader& Segment::header() const { return *reinterpret_cast<SegmentHeader*>(at(0)); }
 

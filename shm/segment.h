@@ -40,7 +40,7 @@ class Segment {
   static Result<Segment> attach(UniqueFd fd);
 
   SegmentHeader& header() const;
-  Slot& slot(std::uint32_t index) const;           // index < kNumSlots
+  Slot& slot(std::uint32_t index) const;  // index < kNumSlots
   StreamFlag& stream_flag(std::uint32_t index) const;
   std::span<char> message(std::uint32_t index) const;  // kMessageBytes
   std::byte* arena() const;

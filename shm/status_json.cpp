@@ -78,9 +78,9 @@ json jobs_json(const StatusPage& page) {
   json jobs = json::array();
   for (const JobRow& row : page.jobs) {
     const auto fields = read_row(row, [](const JobRow& from) {
-      return JobFields{from.world_size.load(std::memory_order_acquire), from.num_members.load(std::memory_order_acquire),
-                       get_text(from.job_id, sizeof from.job_id), get_text(from.name, sizeof from.name),
-                       get_text(from.members, sizeof from.members)};
+      return JobFields{from.world_size.load(std::memory_order_acquire),
+                       from.num_members.load(std::memory_order_acquire), get_text(from.job_id, sizeof from.job_id),
+                       get_text(from.name, sizeof from.name), get_text(from.members, sizeof from.members)};
     });
     if (!fields) continue;
     json job;

@@ -26,21 +26,30 @@ Error bad_page(ErrorCode code, std::string why) {
 
 const char* daemon_state_name(DaemonState state) {
   switch (state) {
-    case DaemonState::kLoading: return "loading";
-    case DaemonState::kServing: return "serving";
-    case DaemonState::kDraining: return "draining";
-    case DaemonState::kStalled: return "stalled";
+    case DaemonState::kLoading:
+      return "loading";
+    case DaemonState::kServing:
+      return "serving";
+    case DaemonState::kDraining:
+      return "draining";
+    case DaemonState::kStalled:
+      return "stalled";
   }
   return "unknown";
 }
 
 const char* rank_state_name(RankState state) {
   switch (state) {
-    case RankState::kIdle: return "idle";
-    case RankState::kForward: return "forward";
-    case RankState::kBackward: return "backward";
-    case RankState::kCollective: return "collective";
-    case RankState::kOther: return "other";
+    case RankState::kIdle:
+      return "idle";
+    case RankState::kForward:
+      return "forward";
+    case RankState::kBackward:
+      return "backward";
+    case RankState::kCollective:
+      return "collective";
+    case RankState::kOther:
+      return "other";
   }
   return "unknown";
 }
@@ -89,7 +98,8 @@ Result<StatusPageOwner> StatusPageOwner::create() {
 
 Result<StatusPageView> StatusPageView::attach(UniqueFd fd) {
   const Memfd memfd(std::move(fd));
-  if (!memfd.is_sealed()) return bad_page(ErrorCode::kInvalidArgument, "it can still be truncated: its seals are missing");
+  if (!memfd.is_sealed())
+    return bad_page(ErrorCode::kInvalidArgument, "it can still be truncated: its seals are missing");
   KT_TRY(const std::uint64_t bytes, memfd.size());
   if (bytes != sizeof(StatusPage)) {
     return bad_page(ErrorCode::kVersionMismatch, "it has " + std::to_string(bytes) + " bytes, this program's layout " +

@@ -51,7 +51,7 @@ double latency_quantile_seconds(const LatencyHistogram& histogram, double quanti
 
 struct RankRow {
   std::atomic<std::uint32_t> version;
-  std::atomic<std::uint32_t> used;      // 0: free row.
+  std::atomic<std::uint32_t> used;                   // 0: free row.
   std::atomic<std::uint32_t> rank, pid, session_id;  // Guarded by version (P3), like the texts.
   char job_id[64];
   std::atomic<std::uint32_t> state;      // RankState.
@@ -70,7 +70,7 @@ struct JobRow {
   std::atomic<std::uint32_t> num_members;
   char job_id[64];
   char name[64];
-  char members[256];  // Ranks, "0,1,2".
+  char members[256];                  // Ranks, "0,1,2".
   std::atomic<std::uint32_t> failed;  // 0: OK, 1: FAILED.
   Counter step;
 };

@@ -1,7 +1,6 @@
 #include "coproc/daemon/control_requests.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "shm/status_page.h"
@@ -20,10 +19,6 @@ Error malformed(const char* key, const std::string& needed) {
   return Error{ErrorCode::kInvalidArgument, "a malformed control packet",
                std::string("its \"") + key + "\" has to be " + needed,
                "run client and daemon of the same kt-coproc release"};
-}
-
-Error refused(std::string what, std::string why, std::string fix) {
-  return Error{ErrorCode::kInvalidArgument, std::move(what), std::move(why), std::move(fix)};
 }
 
 Result<std::uint64_t> unsigned_field(const json& body, const char* key, std::uint64_t max = kU32Max) {
@@ -52,7 +47,7 @@ Result<std::string> text_field(const json& body, const char* key) {
   const auto found = body.find(key);
   if (found == body.end()) return std::string();
   if (!found->is_string()) return malformed(key, "a string");
-  return found->get<std::string>();
+  return shm::valid_utf8(shm::one_line(found->get<std::string>()));
 }
 
 // Absent: false.
@@ -74,10 +69,10 @@ Result<std::vector<std::uint32_t>> list_field(const json& body, const char* key)
   return found->get<std::vector<std::uint32_t>>();
 }
 
-// A label for logs and monitors: never longer than its field, never more than one line.
+// A label for logs and monitors: never longer than its field.
 Result<std::string> label_field(const json& body, const char* key) {
   KT_TRY(const std::string text, text_field(body, key));
-  return std::string(shm::cut_utf8(shm::valid_utf8(shm::one_line(text)), kLabelBytesMax));
+  return std::string(shm::cut_utf8(text, kLabelBytesMax));
 }
 
 Result<HalfSpec> half_field(const json& body, const char* key) {
@@ -89,10 +84,6 @@ Result<HalfSpec> half_field(const json& body, const char* key) {
   constexpr double kScalingMax = std::numeric_limits<float>::max();
   KT_TRY(half.scaling, number_field(*found, "scaling", -kScalingMax, kScalingMax));
   return half;
-}
-
-bool strictly_ascending(const std::vector<std::uint32_t>& values) {
-  return std::adjacent_find(values.begin(), values.end(), std::greater_equal<>()) == values.end();
 }
 
 }  // namespace
@@ -133,32 +124,5 @@ Result<JoinJob> parse_join(const json& body) {
 }
 
 Result<bool> parse_stop(const json& body) { return flag_field(body, "drain"); }
-
-Status check_adapter_create(const CreateAdapter& create, std::uint32_t num_layers) {
-  const std::string what = "adapter " + std::to_string(create.adapter_id) + " cannot be created";
-  if (create.adapter_id == 0) return refused(what, "0 means the base weights alone", "number adapters from 1");
-  if (create.layers.empty()) return refused(what, "its list of layers is empty", "name the layers it adapts");
-  if (!strictly_ascending(create.layers) || create.layers.back() >= num_layers) {
-    return refused(what, "its layers have to be ascending and below " + std::to_string(num_layers), "correct the list");
-  }
-  return ok_status();
-}
-
-Status check_join(const JoinJob& join) {
-  const std::string what = "rank " + std::to_string(join.rank) + " cannot join job '" +
-                           std::string(shm::cut_utf8(shm::valid_utf8(shm::one_line(join.job_id)), kLabelBytesMax)) + "'";
-  if (join.job_id.empty() || join.job_id.size() > kLabelBytesMax || join.job_id != shm::valid_utf8(join.job_id)) {
-    return refused(what, "a job_id has 1 to " + std::to_string(kLabelBytesMax) + " bytes of UTF-8", "choose another");
-  }
-  const auto& members = join.members;
-  if (!strictly_ascending(members) || !std::binary_search(members.begin(), members.end(), join.rank) ||
-      members.back() >= join.world_size || members.size() > shm::kNumRankRowsMax) {
-    return refused(what,
-                   "its members have to be ascending, contain the rank itself, be below world_size (" +
-                       std::to_string(join.world_size) + ") and at most " + std::to_string(shm::kNumRankRowsMax),
-                   "name the ranks of the process group that are on this daemon");
-  }
-  return ok_status();
-}
 
 }  // namespace kt::coproc

@@ -71,7 +71,6 @@ Result<ServerIdentity> make_identity(const Prepared& prepared, const std::string
   ServerIdentity identity;
   identity.fingerprint = prepared.fingerprint;
   identity.model_path = shm::cut_utf8(config.path, kModelPathBytesMax);
-  identity.num_layers = config.num_layers;
   identity.hello_reply = {{"ok", true},
                           {"daemon_id", daemon_id},
                           {"daemon_pid", ::getpid()},

@@ -199,8 +199,18 @@ class PrivateDaemon {
   const Signals& signals_;
 };
 
-// nullopt: ready. Else what to exit with.
-std::optional<int> wait_until_ready(PrivateDaemon& daemon, const std::string& socket_path, const Signals& signals) {
+// What exec ends with. An error is printed last, after the daemon's own last lines.
+struct Outcome {
+  int code = kExitOk;
+  std::optional<Error> error;
+};
+Outcome failed(Error error) {
+  const int code = exit_code(error.code);
+  return {code, std::move(error)};
+}
+
+// nullopt: ready.
+std::optional<Outcome> wait_until_ready(PrivateDaemon& daemon, const std::string& socket_path, const Signals& signals) {
   int interrupted_by = 0;
   const auto give_up = [&]() -> std::optional<Readiness> {
     while (const auto info = signals.wait(std::chrono::milliseconds(0))) {
@@ -211,34 +221,36 @@ std::optional<int> wait_until_ready(PrivateDaemon& daemon, const std::string& so
     return std::nullopt;
   };
   const auto find_path = [&] { return Result<std::string>(socket_path); };
-  const auto waited = wait_ready(find_path, /*verbose=*/false, give_up);
-  if (!waited.ok()) return report(waited.error());
+  auto waited = wait_ready(find_path, /*verbose=*/false, give_up);
+  if (!waited.ok()) return failed(std::move(waited).error());
   if (waited.value() == Readiness::kReady) return std::nullopt;
-  if (waited.value() == Readiness::kInterrupted) return 128 + interrupted_by;
+  if (waited.value() == Readiness::kInterrupted) return Outcome{128 + interrupted_by, std::nullopt};
   // The connection's end comes before the process': its status takes a moment.
   for (int i = 0; i < 100 && !daemon.ended(); ++i) signals.wait(std::chrono::milliseconds(100));
   const int status = daemon.ended().value_or(0);
   // The daemon itself printed why, in three lines.
-  if (WIFEXITED(status) && WEXITSTATUS(status) != 0) return WEXITSTATUS(status);
-  return report(Error{ErrorCode::kCoprocDied, "the daemon ended before it was ready",
+  if (WIFEXITED(status) && WEXITSTATUS(status) != 0) return Outcome{WEXITSTATUS(status), std::nullopt};
+  return failed(Error{ErrorCode::kCoprocDied, "the daemon ended before it was ready",
                       WIFSIGNALED(status) ? "killed by signal " + std::to_string(WTERMSIG(status)) : "it was stopped",
                       "start it by hand to see more: kt-coproc run"});
 }
 
-int run_command(const Arguments& command, const std::string& socket_path, PrivateDaemon& daemon,
-                const Signals& signals) {
+Outcome run_command(const Arguments& command, const std::string& socket_path, PrivateDaemon& daemon,
+                    const Signals& signals) {
   int exec_errno = 0;
   auto started = start(command, signals, exec_errno,
                        [&] { ::setenv("KT_COPROC", ("unix:" + socket_path).c_str(), /*overwrite=*/1); });
   if (!started.ok()) {
-    const int code = report(started.error());
-    if (exec_errno == 0) return code;
-    return exec_errno == ENOENT || exec_errno == ENOTDIR ? kExitNotFound : kExitNotExecutable;
+    Outcome outcome = failed(std::move(started).error());
+    if (exec_errno != 0) {
+      outcome.code = exec_errno == ENOENT || exec_errno == ENOTDIR ? kExitNotFound : kExitNotExecutable;
+    }
+    return outcome;
   }
   Child child = std::move(started).value();
   bool told = false;
   for (;;) {
-    if (const auto status = child.try_wait()) return status_code(*status);
+    if (const auto status = child.try_wait()) return {status_code(*status), std::nullopt};
     if (daemon.ended() && !std::exchange(told, true)) {
       std::fprintf(stderr, "kt-coproc exec: the daemon has ended while the command runs\n");
     }
@@ -247,6 +259,19 @@ int run_command(const Arguments& command, const std::string& socket_path, Privat
     // What the terminal sends, the command got itself: it is in the same process group.
     if (info->si_code != SI_KERNEL) child.kill(info->si_signo);
   }
+}
+
+// The daemon and its directory are gone when this returns.
+Outcome run_with_daemon(const Arguments& flags, const Arguments& command) {
+  const Signals signals;
+  auto directory = PrivateDirectory::create();
+  if (!directory.ok()) return failed(std::move(directory).error());
+  const std::string socket_path = directory.value().socket_path();
+  auto child = start_daemon(flags, socket_path, signals);
+  if (!child.ok()) return failed(std::move(child).error());
+  PrivateDaemon daemon(std::move(child).value(), signals);
+  if (auto outcome = wait_until_ready(daemon, socket_path, signals)) return *std::move(outcome);
+  return run_command(command, socket_path, daemon, signals);
 }
 
 }  // namespace
@@ -272,15 +297,9 @@ int exec_verb(const Arguments& arguments) {
                         "kt-coproc exec --model DIR -- CMD…"});
   }
 
-  const Signals signals;
-  const auto directory = PrivateDirectory::create();
-  if (!directory.ok()) return report(directory.error());
-  const std::string socket_path = directory.value().socket_path();
-  auto child = start_daemon(flags, socket_path, signals);
-  if (!child.ok()) return report(child.error());
-  PrivateDaemon daemon(std::move(child).value(), signals);
-  if (const auto failed = wait_until_ready(daemon, socket_path, signals)) return *failed;
-  return run_command(command, socket_path, daemon, signals);
+  const Outcome outcome = run_with_daemon(flags, command);
+  if (outcome.error) report(*outcome.error);
+  return outcome.code;
 }
 
 }  // namespace kt::coproc

@@ -193,10 +193,6 @@ void Server::on_adapter_create(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
   auto create = parse_adapter_create(body);
   if (!create.ok()) return refuse_malformed(connection, create.error());
-  if (const Status status = check_adapter_create(create.value(), identity_.num_layers); !status.ok()) {
-    send(connection, shm::error_reply(status.error()));
-    return;
-  }
   engine_->create_adapter(connection.session_id, std::move(create).value(), answer_to(connection));
 }
 
@@ -211,10 +207,6 @@ void Server::on_join(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
   auto join = parse_join(body);
   if (!join.ok()) return refuse_malformed(connection, join.error());
-  if (const Status status = check_join(join.value()); !status.ok()) {
-    send(connection, shm::error_reply(status.error()));
-    return;
-  }
   engine_->join(connection.session_id, std::move(join).value(), answer_to(connection));
 }
 

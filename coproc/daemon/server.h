@@ -34,7 +34,6 @@ inline constexpr std::size_t kSessionsMax = shm::kNumRankRowsMax;
 struct ServerIdentity {
   std::string fingerprint;
   std::string model_path;
-  std::uint32_t num_layers = 0;
   // The hello reply without what differs by session: daemon_id, model, limits, …
   nlohmann::json hello_reply;
 };

@@ -45,10 +45,14 @@ void count_request(shm::Totals& totals, Verb verb, std::uint32_t num_tokens, boo
 std::uint32_t state_of(Verb head) {
   const auto state = [&] {
     switch (head) {
-      case Verb::kNone: return shm::RankState::kIdle;
-      case Verb::kForward: return shm::RankState::kForward;
-      case Verb::kBackward: return shm::RankState::kBackward;
-      default: return shm::is_collective(head) ? shm::RankState::kCollective : shm::RankState::kOther;
+      case Verb::kNone:
+        return shm::RankState::kIdle;
+      case Verb::kForward:
+        return shm::RankState::kForward;
+      case Verb::kBackward:
+        return shm::RankState::kBackward;
+      default:
+        return shm::is_collective(head) ? shm::RankState::kCollective : shm::RankState::kOther;
     }
   };
   return static_cast<std::uint32_t>(state());
@@ -139,8 +143,8 @@ void Accounting::received(RankAccount& account, std::uint64_t now_ns) {
   set(account.row->in_flight, account.in_flight);
 }
 
-void Accounting::answered(RankAccount& account, Verb verb, std::uint32_t num_tokens, bool ok,
-                          std::uint64_t received_ns, std::uint64_t now_ns) {
+void Accounting::answered(RankAccount& account, Verb verb, std::uint32_t num_tokens, bool ok, std::uint64_t received_ns,
+                          std::uint64_t now_ns) {
   const std::uint64_t waited_ns = waited_until(account, now_ns);
   if (--account.in_flight == 0) account.waited_ns = waited_ns;
   set(account.row->in_flight, account.in_flight);

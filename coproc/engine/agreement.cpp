@@ -58,9 +58,9 @@ void append_groups(std::vector<Field>& fields, const shm::StepHeader& header) {
 
 void append_mask(std::vector<Field>& fields, Verb verb, const std::vector<std::uint8_t>& group_of) {
   for (std::size_t i = 0; i < group_of.size(); ++i) {
-    const std::string where = std::string(adapter_tensor_name(static_cast<shm::AdapterTensor>(
-                                  i % shm::kNumAdapterTensors))) +
-                              " of layer " + std::to_string(i / shm::kNumAdapterTensors);
+    const std::string where =
+        std::string(adapter_tensor_name(static_cast<shm::AdapterTensor>(i % shm::kNumAdapterTensors))) + " of layer " +
+        std::to_string(i / shm::kNumAdapterTensors);
     std::string value = "frozen";
     if (group_of[i] != shm::kFrozen) {
       value = verb == Verb::kNorm ? "counted" : "in group " + std::to_string(group_of[i]);

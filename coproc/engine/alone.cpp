@@ -1,4 +1,5 @@
-// Requests that involve nobody else and run at once when they reach the head of their queue: FETCH, RELEASE, READ, WRITE.
+// Requests that involve nobody else and run at once when they reach the head of their queue: FETCH, RELEASE, READ,
+// WRITE.
 #include <cstring>
 
 #include "coproc/engine/core.h"
@@ -10,12 +11,14 @@ using shm::Verb;
 
 Status Core::run_alone(Session& session, const Pending& head) {
   switch (head.request.verb) {
-    case Verb::kFetch: return fetch(session, head.request);
+    case Verb::kFetch:
+      return fetch(session, head.request);
     case Verb::kRelease:
       // Idempotent: a graph may be dropped after its backward, or after the job failed.
       release(session, head.request.act_id);
       return ok_status();
-    default: return read_or_write(session, head.request);
+    default:
+      return read_or_write(session, head.request);
   }
 }
 

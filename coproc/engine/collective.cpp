@@ -42,11 +42,13 @@ bool Core::run_collectives(Job& job, std::uint64_t now_ns) {
     std::vector<Offer> offers;
     for (const Session* session : job.sessions()) {
       const bool in_ring = ring_wait_ns(*session) != UINT64_MAX;
-      const char* name = in_ring ? shm::verb_name(session->queue.front().request.verb) : command_name(*session->control);
+      const char* name =
+          in_ring ? shm::verb_name(session->queue.front().request.verb) : command_name(*session->control);
       offers.push_back({session->rank, {{"the verb", name}}});
     }
     const auto disagreement = first_disagreement(offers);
-    disagree(job, "a collective", disagreement ? *disagreement : Disagreement{"the verb", "they wait in different calls"});
+    disagree(job, "a collective",
+             disagreement ? *disagreement : Disagreement{"the verb", "they wait in different calls"});
   } else if (num_waiting > 0 && now_ns >= since_ns && now_ns - since_ns >= job.collective_timeout_ns) {
     time_out(job, now_ns, since_ns);
   } else {
@@ -99,13 +101,18 @@ Status Core::apply_collective(Job& job, const Pending& lowest, shm::Reply& reply
   Adapter* const adapter = job.find_adapter(request.adapter_id);
   if (adapter == nullptr) return unknown_adapter(*job.sessions().front(), request);
   switch (request.verb) {
-    case Verb::kNorm: reply.value = adapter->squared_norm(lowest.group_of, pool_); break;
-    case Verb::kDiscard: adapter->discard(pool_); break;
+    case Verb::kNorm:
+      reply.value = adapter->squared_norm(lowest.group_of, pool_);
+      break;
+    case Verb::kDiscard:
+      adapter->discard(pool_);
+      break;
     default:
       if (request.step != job.step) {
-        disagree(job, "STEP", {"the step", "every rank asks for STEP at step " + std::to_string(request.step) +
-                                               ", but the job has completed " + std::to_string(job.step) +
-                                               " STEPs since it was joined"});
+        disagree(
+            job, "STEP",
+            {"the step", "every rank asks for STEP at step " + std::to_string(request.step) +
+                             ", but the job has completed " + std::to_string(job.step) + " STEPs since it was joined"});
         break;
       }
       adapter->step(*lowest.header, lowest.group_of, pool_);

@@ -1,10 +1,11 @@
 // Control commands about adapters. For a job of one they run at once; in a joined job they are collectives of it, which
 // fail without failing the job: nothing is applied, and every member gets the same error.
+#include "shm/control.h"
+
 #include <algorithm>
 
 #include "coproc/engine/core.h"
 #include "coproc/engine/messages.h"
-#include "shm/control.h"
 #include "shm/doorbell.h"
 
 namespace kt::coproc {
@@ -34,9 +35,9 @@ Session* Core::session_for(std::uint32_t session_id, const Answer& answer) {
     return nullptr;
   }
   if (session.control) {
-    answer(shm::error_reply(invalid_control(describe(session) + " sent two control commands at once",
-                                            std::string(command_name(*session.control)) + " still waits for other ranks",
-                                            "wait for the first answer")));
+    answer(shm::error_reply(invalid_control(
+        describe(session) + " sent two control commands at once",
+        std::string(command_name(*session.control)) + " still waits for other ranks", "wait for the first answer")));
     return nullptr;
   }
   return &session;
@@ -49,10 +50,10 @@ void Core::create_adapter(std::uint32_t session_id, CreateAdapter create, Answer
   auto error = check_adapter_id(create.adapter_id);
   const auto duplicate = std::adjacent_find(create.layers.begin(), create.layers.end());
   if (!error && (create.layers.empty() || duplicate != create.layers.end())) {
-    error = invalid_control("adapter " + std::to_string(create.adapter_id) + " cannot be created",
-                            create.layers.empty() ? "no layers were named"
-                                                  : "layer " + std::to_string(*duplicate) + " was named twice",
-                            "name each layer that is to be adapted once");
+    error = invalid_control(
+        "adapter " + std::to_string(create.adapter_id) + " cannot be created",
+        create.layers.empty() ? "no layers were named" : "layer " + std::to_string(*duplicate) + " was named twice",
+        "name each layer that is to be adapted once");
   }
   if (error) {
     answer(shm::error_reply(*error));
@@ -93,8 +94,8 @@ void Core::run_control_collective(Job& job) {
   Status status = ok_status();
   if (const auto disagreement = control_disagreement(commands)) {
     status = Error{ErrorCode::kDisagreement,
-                   "the ranks of job '" + job.id + "' disagree in " + command_name(*commands.front().command) + " about " +
-                       disagreement->field,
+                   "the ranks of job '" + job.id + "' disagree in " + command_name(*commands.front().command) +
+                       " about " + disagreement->field,
                    disagreement->why + "; nothing was applied", "create and delete the same adapters on every rank"};
   } else {
     status = apply_control(job, *commands.front().command);
@@ -110,7 +111,8 @@ Status Core::apply_control(Job& job, const ControlRequest& request) {
 }
 
 Status Core::create_layers(Job& job, const CreateAdapter& create) {
-  if (Adapter* const existing = job.find_adapter(create.adapter_id)) return existing->add_layers(create.layers, create.spec);
+  if (Adapter* const existing = job.find_adapter(create.adapter_id))
+    return existing->add_layers(create.layers, create.spec);
   auto made = std::make_unique<Adapter>(dims_, table_);
   KT_TRY_STATUS(made->add_layers(create.layers, create.spec));
   job.adapters.emplace(create.adapter_id, std::move(made));

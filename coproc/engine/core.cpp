@@ -63,15 +63,15 @@ std::uint64_t Core::sleep_ns_max(std::uint64_t now_ns) const {
   return sleep_ns;
 }
 
+// At most a ring's worth at a time: a client whose requests are answered at once (shutdown) could go on for ever.
 bool Core::receive(Session& session) {
-  bool did = false;
-  for (;;) {
+  for (std::uint32_t i = 0; i < shm::kNumSlots; ++i) {
     const std::uint64_t expected = session.ring.expected_sequence();
     const auto received = session.ring.try_receive();
-    if (!received) return did;
-    did = true;
-    if (!accept(session, *received, expected)) return true;
+    if (!received) return i > 0;
+    if (!accept(session, *received, expected)) break;
   }
+  return true;
 }
 
 // False: the session is gone.
@@ -79,8 +79,8 @@ bool Core::accept(Session& session, const shm::ReceivedRequest& received, std::u
   const std::uint64_t now = now_ns();
   if (received.sequence != expected) {
     break_session(session, protocol_error(session, received.request,
-                                          "sequence is " + std::to_string(received.sequence) + "; the next request is " +
-                                              std::to_string(expected)));
+                                          "sequence is " + std::to_string(received.sequence) +
+                                              "; the next request is " + std::to_string(expected)));
     return false;
   }
   accounting_.received(session.account, now);

@@ -85,7 +85,8 @@ class Core {
   Status prepare_head(Session& session, Pending& head);
   Status check_head(const Session& session, const Pending& head) const;
   void answer_head(Session& session, shm::Reply reply, const Error* error);
-  // Answers the head with the status. An error of code kInvalidArgument is a protocol error: false, the session is gone.
+  // Answers the head with the status. An error of code kInvalidArgument is a protocol error: false, the session is
+  // gone.
   bool settle(Session& session, const Status& status);
   void refuse_head(Session& session, const JobFailure& failure);
   void note_request(Session& session, const shm::Request& request, std::uint64_t now_ns) const;

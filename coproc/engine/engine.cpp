@@ -65,9 +65,8 @@ void Engine::run() {
 void Engine::open_session(OpenSession session, Answer answer) {
   // std::function copies what it holds, and a segment cannot be copied.
   auto shared = std::make_shared<OpenSession>(std::move(session));
-  state_->inbox.post([this, shared, answer = std::move(answer)] {
-    state_->core.open_session(std::move(*shared), answer);
-  });
+  state_->inbox.post(
+      [this, shared, answer = std::move(answer)] { state_->core.open_session(std::move(*shared), answer); });
 }
 
 void Engine::end_session(std::uint32_t session_id, SessionEnd why, Answer answer) {

@@ -41,14 +41,14 @@ struct Job {
   std::uint64_t step = 0;  // STEPs since join (I3).
   std::uint64_t collective_timeout_ns = 0;
   std::uint64_t activation_bytes = 0;
-  std::optional<JobFailure> failure;  // Engaged: FAILED.
+  std::optional<JobFailure> failure;    // Engaged: FAILED.
   std::optional<JobFailure> departure;  // A member said bye: what collectives are answered with from then on.
-  shm::JobRow* row = nullptr;         // nullptr: all rows of the status page are taken.
+  shm::JobRow* row = nullptr;           // nullptr: all rows of the status page are taken.
 
   Adapter* find_adapter(std::uint32_t adapter_id) const;
   bool has_sessions() const;
-  std::vector<Session*> sessions() const;     // Those still there, ascending by rank.
-  std::vector<std::uint32_t> ranks() const;   // All members', also of those who left.
+  std::vector<Session*> sessions() const;    // Those still there, ascending by rank.
+  std::vector<std::uint32_t> ranks() const;  // All members', also of those who left.
 };
 
 // "0,1,2".

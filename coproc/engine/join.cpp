@@ -28,14 +28,16 @@ bool waits_in_join(const Session& session) {
 std::string join_fault(const JoinJob& join) {
   const auto& members = join.members;
   if (join.job_id.empty() || join.job_id.size() > kJobIdBytesMax) {
-    return "job_id has " + std::to_string(join.job_id.size()) + " bytes; it needs 1 to " + std::to_string(kJobIdBytesMax);
+    return "job_id has " + std::to_string(join.job_id.size()) + " bytes; it needs 1 to " +
+           std::to_string(kJobIdBytesMax);
   }
   if (members.empty()) return "members is empty";
   for (std::size_t i = 1; i < members.size(); ++i) {
     if (members[i] <= members[i - 1]) return "members is " + join_ranks(members) + "; it must ascend, each rank once";
   }
   if (members.back() >= join.world_size) {
-    return "members names rank " + std::to_string(members.back()) + "; world_size is " + std::to_string(join.world_size);
+    return "members names rank " + std::to_string(members.back()) + "; world_size is " +
+           std::to_string(join.world_size);
   }
   if (!std::binary_search(members.begin(), members.end(), join.rank)) {
     return "rank " + std::to_string(join.rank) + " is not among its own members " + join_ranks(members);
@@ -67,8 +69,9 @@ std::optional<Error> differing_joins(const std::vector<Session*>& group) {
   for (std::size_t i = 1; i < group.size(); ++i) {
     if (join_of(*group[i]).rank != join_of(*group[i - 1]).rank) continue;
     return join_disagreement(lowest.job_id,
-                             "processes " + std::to_string(group[i - 1]->pid) + " and " + std::to_string(group[i]->pid) +
-                                 " both say that they are rank " + std::to_string(join_of(*group[i]).rank),
+                             "processes " + std::to_string(group[i - 1]->pid) + " and " +
+                                 std::to_string(group[i]->pid) + " both say that they are rank " +
+                                 std::to_string(join_of(*group[i]).rank),
                              "give every process its own rank");
   }
   return std::nullopt;
@@ -93,24 +96,25 @@ std::optional<Error> unfit_states(const std::vector<Session*>& group, std::uint3
     const std::string rank = "rank " + std::to_string(join_of(*session).rank);
     for (const Session* peer : job.sessions()) {
       if (std::find(group.begin(), group.end(), peer) != group.end()) continue;
-      return join_disagreement(lowest.job_id, rank + " is in job '" + job.id + "' with a process that does not join (pid " +
-                                                  std::to_string(peer->pid) + ")",
+      return join_disagreement(lowest.job_id,
+                               rank + " is in job '" + job.id + "' with a process that does not join (pid " +
+                                   std::to_string(peer->pid) + ")",
                                "join all ranks of a job, or none");
     }
     if (!session->activations.empty()) {
-      return join_disagreement(lowest.job_id, rank + " holds " + std::to_string(session->activations.size()) +
-                                                  " activations of forwards that had no backward yet",
+      return join_disagreement(lowest.job_id,
+                               rank + " holds " + std::to_string(session->activations.size()) +
+                                   " activations of forwards that had no backward yet",
                                "wrap the model before the first forward that needs gradients");
     }
     for (const auto& [adapter_id, adapter] : job.adapters) {
       if (!adapter->has_gradients()) continue;
       return join_disagreement(lowest.job_id,
-                               rank + " holds gradients in adapter " + std::to_string(adapter_id) +
-                                   " (step " + std::to_string(job.step) + ")",
+                               rank + " holds gradients in adapter " + std::to_string(adapter_id) + " (step " +
+                                   std::to_string(job.step) + ")",
                                "call zero_grad() before the model is wrapped");
     }
-    const std::string difference =
-        adapters_difference(first_job, lowest.rank, job, join_of(*session).rank, num_layers);
+    const std::string difference = adapters_difference(first_job, lowest.rank, job, join_of(*session).rank, num_layers);
     if (!difference.empty()) {
       return join_disagreement(lowest.job_id, difference, "create the same adapters on every rank before joining");
     }
@@ -125,8 +129,9 @@ void Core::join(std::uint32_t session_id, JoinJob join, Answer answer) {
   if (session == nullptr) return;
   if (std::string fault = join_fault(join); !fault.empty()) {
     answer(shm::error_reply(invalid_control(describe(*session) + " cannot join job '" + join.job_id + "'",
-                                            std::move(fault), "send job_id, rank, world_size and members as the process "
-                                                              "group has them")));
+                                            std::move(fault),
+                                            "send job_id, rank, world_size and members as the process "
+                                            "group has them")));
     return;
   }
   ask(*session, ControlRequest{std::move(join), std::move(answer), shm::now_ns()});
@@ -156,7 +161,8 @@ bool Core::run_join(std::vector<Session*>& group, std::uint64_t now_ns) {
     return true;
   }
   const JoinJob& lowest = join_of(*group.front());
-  const bool busy = std::any_of(group.begin(), group.end(), [](const Session* session) { return !session->queue.empty(); });
+  const bool busy =
+      std::any_of(group.begin(), group.end(), [](const Session* session) { return !session->queue.empty(); });
   if (group.size() == lowest.members.size() && !busy) {
     if (is_joined_already(group)) {
       const nlohmann::json body = {{"ok", true}, {"step", group.front()->job->step}};
@@ -176,12 +182,13 @@ bool Core::run_join(std::vector<Session*>& group, std::uint64_t now_ns) {
   std::vector<std::uint32_t> missing = lowest.members;
   for (const Session* session : group) std::erase(missing, join_of(*session).rank);
   const std::string who = missing.empty() ? "requests that never completed" : "ranks " + join_ranks(missing);
-  fail_join(group, Error{ErrorCode::kTimeout, "joining job '" + lowest.job_id + "' timed out: missing are " + who,
-                         std::to_string(group.size()) + " of " + std::to_string(lowest.members.size()) +
-                             " members asked within " + seconds_text(timeout_ns) +
-                             "; a rank that has not asked has no last request here",
-                         "see whether the missing ranks are alive; wrap the model on every rank. If they are only slow, "
-                         "raise the timeout of the process group"});
+  fail_join(
+      group,
+      Error{ErrorCode::kTimeout, "joining job '" + lowest.job_id + "' timed out: missing are " + who,
+            std::to_string(group.size()) + " of " + std::to_string(lowest.members.size()) + " members asked within " +
+                seconds_text(timeout_ns) + "; a rank that has not asked has no last request here",
+            "see whether the missing ranks are alive; wrap the model on every rank. If they are only slow, "
+            "raise the timeout of the process group"});
   return true;
 }
 
@@ -246,8 +253,8 @@ void Core::leave_join(const Session& session, SessionEnd why) {
   fail_join(group, Error{ErrorCode::kRankDied,
                          "rank " + std::to_string(left.rank) + " (pid " + std::to_string(session.pid) + ") " +
                              (why == SessionEnd::kBye ? "left" : "died") + " while joining job '" + left.job_id + "'",
-                         "it was in step " + std::to_string(session.job->step) + "; " +
-                             std::to_string(group.size()) + " other ranks were waiting",
+                         "it was in step " + std::to_string(session.job->step) + "; " + std::to_string(group.size()) +
+                             " other ranks were waiting",
                          "restart the training job"});
 }
 

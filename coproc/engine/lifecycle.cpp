@@ -20,16 +20,15 @@ void Core::open_session(OpenSession open, const Answer& answer) {
   auto owned = std::make_unique<Session>(std::move(open));
   Session& session = *owned;
   if (!sleeper_.add(session.doorbell.get())) {
-    return refuse(os_error("epoll_ctl", "session " + std::to_string(session.id),
-                           "raise the limit on open files: ulimit -n"));
+    return refuse(
+        os_error("epoll_ctl", "session " + std::to_string(session.id), "raise the limit on open files: ulimit -n"));
   }
   if (!accounting_.open_rank(session.account, now_ns())) {
     sleeper_.remove(session.doorbell.get());
-    return refuse(Error{ErrorCode::kNoResources,
-                        "the daemon cannot take another session",
-                        std::to_string(sessions_.size()) + " sessions are open, the limit is " +
-                            std::to_string(shm::kNumRankRowsMax),
-                        "end a training job, or start a second daemon"});
+    return refuse(Error{
+        ErrorCode::kNoResources, "the daemon cannot take another session",
+        std::to_string(sessions_.size()) + " sessions are open, the limit is " + std::to_string(shm::kNumRankRowsMax),
+        "end a training job, or start a second daemon"});
   }
   session.last.at_ns = now_ns();
   sessions_.emplace(session.id, std::move(owned));

@@ -10,12 +10,18 @@ using shm::Verb;
 
 const char* adapter_tensor_name(shm::AdapterTensor tensor) {
   switch (tensor) {
-    case shm::AdapterTensor::kGateA: return "gate_a";
-    case shm::AdapterTensor::kGateB: return "gate_b";
-    case shm::AdapterTensor::kUpA: return "up_a";
-    case shm::AdapterTensor::kUpB: return "up_b";
-    case shm::AdapterTensor::kDownA: return "down_a";
-    case shm::AdapterTensor::kDownB: return "down_b";
+    case shm::AdapterTensor::kGateA:
+      return "gate_a";
+    case shm::AdapterTensor::kGateB:
+      return "gate_b";
+    case shm::AdapterTensor::kUpA:
+      return "up_a";
+    case shm::AdapterTensor::kUpB:
+      return "up_b";
+    case shm::AdapterTensor::kDownA:
+      return "down_a";
+    case shm::AdapterTensor::kDownB:
+      return "down_b";
   }
   return "unknown tensor";
 }
@@ -44,7 +50,8 @@ std::string describe(const Session& session, const shm::Request& request) {
       adapter_id = found->second.adapter_id;
     }
   }
-  if (!shm::is_collective(request.verb)) text += std::string(by_activation ? "," : " of") + " layer " + std::to_string(layer);
+  if (!shm::is_collective(request.verb))
+    text += std::string(by_activation ? "," : " of") + " layer " + std::to_string(layer);
   return text + " with adapter " + std::to_string(adapter_id) + " in step " + std::to_string(session.job->step);
 }
 
@@ -71,13 +78,15 @@ Error protocol_error(const Session& session, const shm::Request& request, std::s
 Error unknown_adapter(const Session& session, const shm::Request& request) {
   std::vector<std::uint32_t> known;
   for (const auto& [adapter_id, adapter] : session.job->adapters) known.push_back(adapter_id);
-  return Error{ErrorCode::kNotFound, describe(session) + ": " + describe(session, request) + " names an unknown adapter",
+  return Error{ErrorCode::kNotFound,
+               describe(session) + ": " + describe(session, request) + " names an unknown adapter",
                "the job has " + (known.empty() ? std::string("no adapters") : "the adapters " + join_ranks(known)),
                "create the adapter first (adapter_create); adapter 0 is the base model and has no LoRA tensors"};
 }
 
 Error unknown_activation(const Session& session, const shm::Request& request) {
-  return Error{ErrorCode::kNotFound, describe(session) + ": " + describe(session, request) + " names no live activation",
+  return Error{ErrorCode::kNotFound,
+               describe(session) + ": " + describe(session, request) + " names no live activation",
                "it was never kept, a BACKWARD without KEEP used it up, it was released, or its adapter was deleted; " +
                    std::to_string(session.activations.size()) + " activations of this rank are live",
                "call backward once per forward, or pass retain_graph=True to all but the last backward"};
@@ -96,9 +105,9 @@ Error rank_gone(const Session& session, SessionEnd why, const Error& reason, std
   const std::string last = "its last request was " + describe(session.last, now_ns);
   const std::string step = std::to_string(session.job->step);
   if (why == SessionEnd::kBye) {
-    return Error{ErrorCode::kRankDied,
-                 describe(session) + " has left: no collective of this job can complete any more",
-                 "it said bye at step " + step + "; " + last, "let every rank finish training before the first one exits"};
+    return Error{ErrorCode::kRankDied, describe(session) + " has left: no collective of this job can complete any more",
+                 "it said bye at step " + step + "; " + last,
+                 "let every rank finish training before the first one exits"};
   }
   const bool broke = why == SessionEnd::kProtocolError;
   return Error{ErrorCode::kRankDied,

@@ -1,4 +1,5 @@
-// Words for messages: who, which request, when. Every error names rank, layer, step, field and values where it has them.
+// Words for messages: who, which request, when. Every error names rank, layer, step, field and values where it has
+// them.
 #pragma once
 #include <cstdint>
 #include <string>

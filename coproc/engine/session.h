@@ -24,11 +24,11 @@ struct Job;
 // the head of its queue: so a session holds at most one private copy.
 struct Pending {
   std::uint64_t sequence = 0;
-  shm::Request request;               // The private, validated copy.
+  shm::Request request;  // The private, validated copy.
   std::uint64_t received_ns = 0;
-  std::uint64_t arrival = 0;          // Order of receipt over all sessions.
-  std::uint64_t head_ns = 0;          // When it became the head; 0: not yet. Deadlines count from here.
-  std::vector<std::int32_t> ids;      // FORWARD: [T, top_k], 0…E.
+  std::uint64_t arrival = 0;                // Order of receipt over all sessions.
+  std::uint64_t head_ns = 0;                // When it became the head; 0: not yet. Deadlines count from here.
+  std::vector<std::int32_t> ids;            // FORWARD: [T, top_k], 0…E.
   std::unique_ptr<shm::StepHeader> header;  // STEP: groups from num_groups on are zero.
   std::vector<std::uint8_t> group_of;       // STEP, NORM: [num_layers][kNumAdapterTensors].
 };

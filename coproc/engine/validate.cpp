@@ -76,12 +76,18 @@ Fault check_activation_fields(const shm::Request& request) {
 std::uint64_t payload_bytes(const shm::Request& request, const ExpertDims& dims) {
   const shm::PayloadShape shape = payload_shape(dims);
   switch (request.verb) {
-    case Verb::kForward: return shm::ForwardPayload(shape, request.num_tokens).bytes;
-    case Verb::kFetch: return shm::FetchPayload(shape, request.num_tokens).bytes;
-    case Verb::kBackward: return shm::BackwardPayload(shape, request.num_tokens).bytes;
-    case Verb::kNorm: return shm::NormPayload(dims.num_layers).bytes;
-    case Verb::kStep: return shm::StepPayload(dims.num_layers).bytes;
-    default: return 0;
+    case Verb::kForward:
+      return shm::ForwardPayload(shape, request.num_tokens).bytes;
+    case Verb::kFetch:
+      return shm::FetchPayload(shape, request.num_tokens).bytes;
+    case Verb::kBackward:
+      return shm::BackwardPayload(shape, request.num_tokens).bytes;
+    case Verb::kNorm:
+      return shm::NormPayload(dims.num_layers).bytes;
+    case Verb::kStep:
+      return shm::StepPayload(dims.num_layers).bytes;
+    default:
+      return 0;
   }
 }
 
@@ -117,7 +123,8 @@ Fault check_request(const shm::Request& request, const ExpertDims& dims, std::ui
     case Verb::kWrite:
       if (Fault fault = check_tensor_fields(request, dims)) return fault;
       break;
-    default: break;
+    default:
+      break;
   }
   return check_payload(request, payload_bytes(request, dims), arena_bytes);
 }

@@ -68,7 +68,8 @@ void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, floa
   for (std::int64_t panel = 0; panel < w.num_panels; panel += 2) {
     const bool two = panel + 1 < w.num_panels;
     const std::byte* data = w.data + panel * w.stride;
-    const std::byte* next = panel + 3 < w.num_panels ? data + 2 * w.stride : nullptr;  // a lone last panel is not fetched
+    const std::byte* next =
+        panel + 3 < w.num_panels ? data + 2 * w.stride : nullptr;  // a lone last panel is not fetched
     std::int64_t row = 0;
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       const std::int64_t rows = (m - row + num_chunks - chunk - 1) / (num_chunks - chunk);
@@ -83,7 +84,8 @@ void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, floa
 // Writes the transpose of 8 × 8 64-bit words; rows of both sides are one pair of k (kPairBytes) apart.
 void transpose_words(const std::byte* in, std::byte* out) {
   // A word holds rows n and n + 1 of W at k and k + 1: n,k  n,k+1  n+1,k  n+1,k+1. Its middle two change places.
-  const __m512i swap_middle = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+  const __m512i swap_middle =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
   __m512i row[8], pair[8], quad[8];
   for (int i = 0; i < 8; ++i) row[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(in + i * kPairBytes), swap_middle);
   for (int i = 0; i < 8; i += 2) {
@@ -96,7 +98,8 @@ void transpose_words(const std::byte* in, std::byte* out) {
       quad[4 * half + b] = _mm512_shuffle_i64x2(pair[4 * half + b], pair[4 * half + 2 + b], 0x88);      // lanes 0 2
       quad[4 * half + 2 + b] = _mm512_shuffle_i64x2(pair[4 * half + b], pair[4 * half + 2 + b], 0xdd);  // lanes 1 3
     }
-    // quad[b]: lanes j = 0, 2 of rows 0-1, then of rows 2-3; quad[4 + b]: of rows 4-5, 6-7. quad[2 + b], quad[6 + b]: j = 1, 3.
+    // quad[b]: lanes j = 0, 2 of rows 0-1, then of rows 2-3; quad[4 + b]: of rows 4-5, 6-7. quad[2 + b], quad[6 + b]: j
+    // = 1, 3.
     for (int odd = 0; odd < 2; ++odd) {
       const __m512i low = quad[2 * odd + b];
       const __m512i high = quad[4 + 2 * odd + b];

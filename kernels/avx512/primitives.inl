@@ -9,8 +9,6 @@ inline F32 square_root(F32 x) { return _mm512_sqrt_ps(x); }
 inline U32 widen(U16 x) { return __builtin_bit_cast(U32, _mm512_cvtepu16_epi32(__builtin_bit_cast(__m256i, x))); }
 
 // The low halves of the lanes, which must be below 2^16.
-inline U16 narrow(U32 x) {
-  return __builtin_bit_cast(U16, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, x)));
-}
+inline U16 narrow(U32 x) { return __builtin_bit_cast(U16, _mm512_cvtepi32_epi16(__builtin_bit_cast(__m512i, x))); }
 
 }  // namespace

@@ -10,7 +10,8 @@ using Element = std::uint16_t;
 constexpr int kLanes = 16;
 }  // namespace
 
-// clang-format off: each file uses the ones above it.
+// The order counts: each file uses the ones above it.
+// clang-format off
 #include "kernels/generic/types.inl"
 #include "kernels/avx512/primitives.inl"
 #include "kernels/generic/vector.inl"

@@ -88,12 +88,12 @@ float swiglu_backward_row(const Element* saved, const float* p, float weight, st
 }
 
 void swiglu_backward(const void* saved, std::int64_t ld_saved, const float* p, std::int64_t ldp, const float* weight,
-                     std::int64_t m, std::int64_t i, float* grad_weight, void* z, std::int64_t ldz,
-                     void* grad_gate_up, std::int64_t ldg) {
+                     std::int64_t m, std::int64_t i, float* grad_weight, void* z, std::int64_t ldz, void* grad_gate_up,
+                     std::int64_t ldg) {
   for (std::int64_t row = 0; row < m; ++row) {
-    grad_weight[row] = swiglu_backward_row(static_cast<const Element*>(saved) + row * ld_saved, p + row * ldp,
-                                           weight[row], i, z == nullptr ? nullptr : static_cast<Element*>(z) + row * ldz,
-                                           static_cast<Element*>(grad_gate_up) + row * ldg);
+    grad_weight[row] = swiglu_backward_row(
+        static_cast<const Element*>(saved) + row * ld_saved, p + row * ldp, weight[row], i,
+        z == nullptr ? nullptr : static_cast<Element*>(z) + row * ldz, static_cast<Element*>(grad_gate_up) + row * ldg);
   }
 }
 

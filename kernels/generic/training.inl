@@ -41,8 +41,8 @@ void lora_wgrad(const float* left, std::int64_t ldl, const void* right, std::int
                 std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad, std::int64_t ldg,
                 bool transposed) {
   constexpr std::int64_t kRows = 8;  // accumulators in flight: covers the latency of an addition
-  const WgradArgs args = {left, ldl, static_cast<const Element*>(right), ldr, row_scale, m, scale, grad, ldg,
-                          transposed};
+  const WgradArgs args = {left, ldl,       static_cast<const Element*>(right), ldr, row_scale, m, scale, grad,
+                          ldg,  transposed};
   for_vectors(n, [&](std::int64_t column, std::int64_t count) {
     std::int64_t row = 0;
     for (; row + kRows <= r; row += kRows) wgrad_block<kRows>(args, row, column, count);

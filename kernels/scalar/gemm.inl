@@ -86,9 +86,9 @@ inline void transpose_block(const std::uint32_t* in, std::uint32_t* out, float) 
 void transpose_panel(const Panels& w, std::int64_t q, void* out) {
   constexpr std::int64_t kBlockUnits = kPanelRows / kElementsPerUnit * kPanelRows;
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
-    transpose_block(static_cast<const std::uint32_t*>(static_cast<const void*>(w.data + panel * w.stride)) +
-                        q * kBlockUnits,
-                    static_cast<std::uint32_t*>(out) + panel * kBlockUnits, Element{});
+    transpose_block(
+        static_cast<const std::uint32_t*>(static_cast<const void*>(w.data + panel * w.stride)) + q * kBlockUnits,
+        static_cast<std::uint32_t*>(out) + panel * kBlockUnits, Element{});
   }
 }
 

@@ -49,7 +49,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # First torch, whose last line calls our entry point: that must not happen while one of our modules is half imported.
+    # First torch, whose last line calls our entry point: that must not happen while one of our modules is half
+    # imported.
     importlib.import_module("torch")
     value = getattr(importlib.import_module(home, __name__), name)
     globals()[name] = value

@@ -17,12 +17,13 @@ import importlib.abc
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Callable, Optional
+from typing import Any
 
 Patch = Callable[[ModuleType], None]
 
-failure: Optional[BaseException] = None
+failure: BaseException | None = None
 _targets: dict[str, Patch] = {}
 _pending: dict[str, Patch] = {}
 _main_pending = False
@@ -60,7 +61,7 @@ def _patch_everything() -> None:
 
         hooks.patch_torch()
         _targets.update(hooks.POST_IMPORT)
-    except BaseException as error:  # noqa: BLE001: whatever it is, import torch must survive; see the module's text
+    except BaseException as error:  # Whatever it is, the import must survive; see the module's text.
         failure = error
         _targets["transformers.modeling_utils"] = _refuse_loading
     _pending.update({name: patch for name, patch in _targets.items() if name in sys.modules})
@@ -120,7 +121,7 @@ def _apply(patch: Patch, module: ModuleType) -> None:
     global failure
     try:
         patch(module)
-    except BaseException as error:  # noqa: BLE001: as above, now for the import of that module
+    except BaseException as error:  # Whatever it is, the import must survive; see the module's text.
         failure = failure or error
 
 
@@ -131,7 +132,7 @@ class _Loader(importlib.abc.Loader):
         self._inner = inner
         self._name = name
 
-    def create_module(self, spec: Any) -> Optional[ModuleType]:
+    def create_module(self, spec: Any) -> ModuleType | None:
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:

@@ -3,7 +3,8 @@
 Errors: every method raises the exception class registered with `set_exceptions` for its error code, with the daemon's
 three-line text (what failed / why / fix).
 """
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 

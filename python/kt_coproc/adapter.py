@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import Any, Iterable, Mapping, NamedTuple, Optional
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
-from . import distributed, errors
+from . import distributed
 from .client import Client, Connection
 
 # Halves and sides, as PEFT has them.
@@ -38,8 +39,12 @@ GATE_A, GATE_B, UP_A, UP_B, DOWN_A, DOWN_B = range(6)
 NUM_TENSORS = 6
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, T = range(5)
 FROZEN = 255
-_WIRE = {(GATE_UP, SIDE_A): (GATE_A,), (GATE_UP, SIDE_B): (GATE_B, UP_B), (DOWN, SIDE_A): (DOWN_A,),
-         (DOWN, SIDE_B): (DOWN_B,)}  # fmt: skip
+_WIRE = {
+    (GATE_UP, SIDE_A): (GATE_A,),
+    (GATE_UP, SIDE_B): (GATE_B, UP_B),
+    (DOWN, SIDE_A): (DOWN_A,),
+    (DOWN, SIDE_B): (DOWN_B,),
+}
 # adapter_create is one packet of at most 4 KiB.
 _LAYERS_PER_PACKET = 256
 
@@ -57,8 +62,9 @@ _UNADAPTED = HalfSpec(0, 0.0)
 class LoraTensor:
     """One of PEFT's stacked matrices of an experts module."""
 
-    def __init__(self, adapter: Adapter, layer: int, half: str, side: str, shape: torch.Size,
-                 values: Optional[torch.Tensor]) -> None:  # fmt: skip
+    def __init__(
+        self, adapter: Adapter, layer: int, half: str, side: str, shape: torch.Size, values: torch.Tensor | None
+    ) -> None:
         self.adapter = adapter
         self.layer = layer
         self.half = half
@@ -116,7 +122,7 @@ class LoraTensor:
         else:
             per_expert = values.reshape(self.shape[0], columns, num_experts).permute(2, 0, 1)
             parts = list(per_expert.split(rows, 1))
-        for tensor, part in zip(self.wire_tensors, parts):
+        for tensor, part in zip(self.wire_tensors, parts, strict=True):
             self.adapter.session.write(self.adapter.required_id, kind, self.layer, tensor, part.contiguous())
 
     @property
@@ -155,7 +161,7 @@ class Adapter:
     def __init__(self, binding: Binding, name: str) -> None:
         self.binding = binding
         self.name = name
-        self.id: Optional[int] = None
+        self.id: int | None = None
         self.specs: dict[int, dict[str, HalfSpec]] = {}
         self.coefficient = 1.0
         self.reduced = False
@@ -192,12 +198,9 @@ class Adapter:
     def has(self, layer: int, half: str) -> bool:
         return half in self.specs.get(layer, {})
 
-    def accepts(self, layer: int) -> bool:
-        """Whether tensors of this layer can still be added."""
-        return layer not in self._created
-
-    def add(self, layer: int, half: str, side: str, spec: HalfSpec, shape: torch.Size,
-            values: Optional[torch.Tensor]) -> LoraTensor:  # fmt: skip
+    def add(
+        self, layer: int, half: str, side: str, spec: HalfSpec, shape: torch.Size, values: torch.Tensor | None
+    ) -> LoraTensor:
         """values: float32 on the CPU, taken over; None: zeros."""
         self.specs.setdefault(layer, {})[half] = spec
         tensor = self._tensors[layer, half, side] = LoraTensor(self, layer, half, side, shape, values)
@@ -207,7 +210,7 @@ class Adapter:
         """Whether all four tensors of the layer are known."""
         return all((layer, half, side) in self._tensors for half in (GATE_UP, DOWN) for side in (SIDE_A, SIDE_B))
 
-    def ensure(self, layers: Optional[Iterable[int]] = None) -> None:
+    def ensure(self, layers: Iterable[int] | None = None) -> None:
         """Creates in the daemon what is not there yet, and moves the values over. In a job of several ranks this is a
         collective, and the lowest rank's values count."""
         self._connection.collect()
@@ -224,8 +227,9 @@ class Adapter:
         for (gate_up, down), same in by_spec.items():
             for first in range(0, len(same), _LAYERS_PER_PACKET):
                 part = same[first : first + _LAYERS_PER_PACKET]
-                self.session.create_adapter(self.id, part, gate_up.r, gate_up.scaling, gate_up.r > 0, down.r,
-                                            down.scaling)  # fmt: skip
+                self.session.create_adapter(
+                    self.id, part, gate_up.r, gate_up.scaling, gate_up.r > 0, down.r, down.scaling
+                )
         self._created.update(missing)
         self._move_values([tensor for tensor in self.tensors() if tensor.layer in missing])
 
@@ -266,17 +270,11 @@ class Binding:
         self.adapters: weakref.WeakValueDictionary[str, Adapter] = weakref.WeakValueDictionary()
 
     def adapter_for(self, name: str, layer: int, half: str) -> Adapter:
-        """The adapter that a new half of a layer belongs to: a fresh one where this half is already there (PEFT was
-        asked to add the same name again)."""
+        """The adapter that a new half of a layer belongs to: a fresh one where the layer is in the daemon already (PEFT
+        was asked to add a name again)."""
         adapter = self.adapters.get(name)
-        if adapter is None or adapter.has(layer, half):
+        if adapter is None or adapter.has(layer, half) or adapter.is_created(layer):
             return Adapter(self, name)
-        if not adapter.accepts(layer):
-            raise errors.refusal(
-                f"adapter {name!r} cannot get another tensor of layer {layer}",
-                "the layer of this adapter is in use in the co-process already",
-                "target gate_up_proj and down_proj in one LoraConfig, or use another adapter name",
-            )
         return adapter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from .client import Client
 _WORLD: Any = object()
 
 
-def connect(address: Optional[str] = None) -> Client:
+def connect(address: str | None = None) -> Client:
     """Connects to the daemon, or shares the connection this process already has.
 
     Args:
@@ -30,7 +30,7 @@ def connect(address: Optional[str] = None) -> Client:
     return client.open_client(address)
 
 
-def stats(client: Optional[Client] = None) -> dict[str, Any]:
+def stats(client: Client | None = None) -> dict[str, Any]:
     """The daemon's status: the object that `kt-coproc status --json` prints."""
     return (client or default()).stats()
 
@@ -39,7 +39,7 @@ def default() -> Client:
     return client.default_client()
 
 
-def attach(model: nn.Module, client: Optional[Client] = None) -> nn.Module:
+def attach(model: nn.Module, client: Client | None = None) -> nn.Module:
     """Moves the routed experts of a loaded model to the daemon: the line of code for people who do not want to set
     KT_COPROC. Call it before get_peft_model, and before DistributedDataParallel.
 
@@ -63,18 +63,45 @@ def attach(model: nn.Module, client: Optional[Client] = None) -> nn.Module:
     if not experts.routed_experts(model):
         if experts.remote_modules(model):
             return model  # KT_COPROC was set, or this is the second call.
-        raise errors.refusal(f"{type(model).__name__} has no routed experts", "no module holds stacked expert weights",
-                             "attach a mixture-of-experts model")  # fmt: skip
+        raise errors.refusal(
+            f"{type(model).__name__} has no routed experts",
+            "no module holds stacked expert weights",
+            "attach a mixture-of-experts model",
+        )
     if any(type(module).__name__ == "ParamWrapper" for module in model.modules()):
-        raise errors.refusal("cannot attach a model that has adapters on its experts",
-                             "PEFT's parameters would stay behind in this process",
-                             "call kt_coproc.attach(model) before get_peft_model")  # fmt: skip
+        raise errors.refusal(
+            "cannot attach a model that has adapters on its experts",
+            "PEFT's parameters would stay behind in this process",
+            "call kt_coproc.attach(model) before get_peft_model",
+        )
     path = str(getattr(getattr(model, "config", None), "name_or_path", ""))
-    require_same_model(client, type(model).__name__, path, checkpoint_files(path))
+    files = checkpoint_files(path)
+    require_same_model(client, type(model).__name__, path, files)
+    _require_loaded_from(model, path, files)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     experts.swap(model, Binding(client))
     experts.add_placeholders(model, dtype)
     return model
+
+
+def _require_loaded_from(model: nn.Module, directory: str, files: list[str]) -> None:
+    """A model that was built from a config, or trained, has the checkpoint's name and not its weights."""
+    rows = fingerprint.first_rows(files)
+    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for name, module in experts.routed_experts(model):
+        layer = experts.layer_number(name)
+        weights = getattr(module, "gate_up_proj", None)
+        if weights is None or layer not in rows or rows[layer][0] not in dtypes:
+            continue  # swap() says what is wrong with it.
+        expected = torch.frombuffer(bytearray(rows[layer][1]), dtype=dtypes[rows[layer][0]]).to(weights.dtype)
+        expert = fingerprint.sampled_expert(layer, weights.shape[0])
+        if weights.is_meta or not torch.equal(weights[expert, 0].detach().cpu(), expected):
+            raise errors.refusal(
+                f"the experts {name} of this {type(model).__name__} are not the co-process's",
+                f"their weights differ from those in {directory}",
+                "attach a model right after from_pretrained of the daemon's checkpoint",
+                errors.CoprocModelMismatch,
+            )
 
 
 def checkpoint_files(directory: str) -> list[str]:
@@ -122,8 +149,11 @@ def join(process_group: Any = _WORLD) -> None:
             connection.solo = True
             continue
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise errors.refusal("kt_coproc.join() needs torch.distributed", "no process group is initialised",
-                                 "call torch.distributed.init_process_group() first")  # fmt: skip
+            raise errors.refusal(
+                "kt_coproc.join() needs torch.distributed",
+                "no process group is initialised",
+                "call torch.distributed.init_process_group() first",
+            )
         distributed.join(connection, None if process_group is _WORLD else process_group)
 
 
@@ -134,8 +164,9 @@ def expert_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
         model: a PeftModel, or anything that contains one.
 
     Returns:
-        Parameter name (as in model.named_parameters()) -> float32 CPU tensor of PEFT's shape. The sum over micro-batches
-        and over the job's ranks since the last optimizer step or zero_grad: neither averaged over ranks nor clipped.
+        Parameter name (as in model.named_parameters()) -> float32 CPU tensor of PEFT's shape. The sum over
+        micro-batches and over the job's ranks since the last optimizer step or zero_grad: neither averaged over ranks
+        nor clipped.
     """
     found = {}
     for name, parameter in model.named_parameters():

@@ -16,7 +16,7 @@ import os
 import threading
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _lock = threading.RLock()
 _connections: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
-_default: Optional[Client] = None
+_default: Client | None = None
 
 
 def _extension() -> Any:
@@ -36,8 +36,11 @@ def _extension() -> Any:
     try:
         from . import _native
     except ImportError as error:
-        raise errors.refusal("kt_coproc's extension cannot be loaded", f"{error}{_built_for()}",
-                             "install kt-coproc again, with the torch you use in the same environment") from error  # fmt: skip
+        raise errors.refusal(
+            "kt_coproc's extension cannot be loaded",
+            f"{error}{_built_for()}",
+            "install kt-coproc again, with the torch you use in the same environment",
+        ) from error
     _native.set_exceptions(errors.BY_CODE, errors.CoprocError)
     return _native
 
@@ -65,7 +68,7 @@ class Connection:
         self.address = address
         self.session = _extension().Session(address, "", os.environ.get("KT_COPROC_JOB", ""))
         self.model: dict[str, Any] = self.session.model
-        self.membership: Optional[Membership] = None
+        self.membership: Membership | None = None
         self.solo = False
         self.adapters: weakref.WeakSet[Adapter] = weakref.WeakSet()
         self._num_adapters = 0
@@ -82,23 +85,38 @@ class Connection:
         self._doomed.append(adapter_id)
 
     def collect(self) -> None:
-        """Deletes adapters that nobody holds any more. Called at the start of what talks to the daemon."""
+        """Deletes adapters that nobody holds any more. Called at the start of what talks to the daemon.
+
+        In a job of several ranks deleting is a collective, and ranks collect garbage at different times: there, such an
+        adapter stays in the daemon until the job ends, unless PEFT's delete_adapter() dropped it (see delete).
+        """
+        if self.membership is not None and not self.membership.alone:
+            return
         while self._doomed:
             self.session.delete_adapter(self._doomed.popleft())
+
+    def delete(self, adapter_id: int) -> None:
+        """Deletes this adapter now, if its last tensor is gone. Every rank of the job comes here."""
+        if adapter_id in self._doomed:
+            self._doomed.remove(adapter_id)
+            self.session.delete_adapter(adapter_id)
 
 
 class Client:
     """A handle on this process's session with a daemon. A context manager; see `connect`."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection: Optional[Connection] = connection
+        self._connection: Connection | None = connection
 
     @property
     def connection(self) -> Connection:
         """Raises CoprocError after close()."""
         if self._connection is None:
-            raise errors.refusal("this client is closed", "close() was called, or its `with` block ended",
-                                 "keep it open as long as its experts are used")  # fmt: skip
+            raise errors.refusal(
+                "this client is closed",
+                "close() was called, or its `with` block ended",
+                "keep it open as long as its experts are used",
+            )
         return self._connection
 
     @property
@@ -120,7 +138,7 @@ class Client:
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
 
@@ -131,7 +149,7 @@ def configured_address() -> str:
     return "auto" if address in ("", "off") else address
 
 
-def open_client(address: Optional[str] = None) -> Client:
+def open_client(address: str | None = None) -> Client:
     """A new handle on the process's session with the daemon at `address`; connects at the first call."""
     address = address or configured_address()
     with _lock:

@@ -11,7 +11,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -36,10 +36,10 @@ class Membership:
     """The job a session has joined.
 
     Attributes:
-        ranks: global ranks of the process group.
-        rank: this one.
-        members: those of them that use this rank's daemon.
-        leaders: the lowest rank of every daemon, ascending.
+        ranks: global ranks of the process group's members.
+        rank: this one, by its number in the group.
+        members: those that use this rank's daemon, by their numbers in the group.
+        leaders: the lowest global rank of every daemon, ascending.
         leader_group: the leaders' process group; None with one daemon, and on ranks that are no leaders.
     """
 
@@ -47,7 +47,7 @@ class Membership:
     rank: int
     members: tuple[int, ...]
     leaders: tuple[int, ...]
-    leader_group: Optional[Any]
+    leader_group: Any | None
 
     @property
     def world_size(self) -> int:
@@ -57,6 +57,11 @@ class Membership:
     def is_lowest(self) -> bool:
         """Of this daemon's members."""
         return self.rank == self.members[0]
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else of the job uses this daemon."""
+        return len(self.members) == 1
 
     @property
     def several_daemons(self) -> bool:
@@ -73,7 +78,8 @@ def _initialized() -> bool:
 
 
 def launched_without_process_group(connection: Connection) -> bool:
-    """Started as one of several ranks, but torch.distributed is not in use: N independent trainings that look like one."""
+    """Started as one of several ranks, but torch.distributed is not in use: N independent trainings that look like
+    one."""
     if connection.membership is not None or connection.solo:
         return False
     return not _initialized() and int(os.environ.get("WORLD_SIZE") or 1) > 1
@@ -84,7 +90,8 @@ def require_membership(connection: Connection, action: str) -> None:
     if connection.membership is not None or connection.solo:
         return
     if _initialized() and dist.get_world_size() > 1:
-        why = f"torch.distributed has {dist.get_world_size()} ranks, but this rank's model was never joined with the others"
+        size = dist.get_world_size()
+        why = f"torch.distributed has {size} ranks, but this rank's model was never joined with the others"
     elif launched_without_process_group(connection):
         why = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised in this process"
     else:
@@ -103,7 +110,7 @@ def group_timeout(group: Any) -> float:
     return _DEFAULT_TIMEOUT.total_seconds()
 
 
-def join(connection: Connection, group: Optional[Any]) -> None:
+def join(connection: Connection, group: Any | None) -> None:
     """Joins this session with those of the group's other ranks. Collective over the group; again over the same ranks: a
     no-op.
 
@@ -122,24 +129,24 @@ def join(connection: Connection, group: Optional[Any]) -> None:
             return
         raise refusal(
             "cannot join another process group",
-            f"this rank belongs to the job of ranks {list(connection.membership.ranks)}, the new group has {list(ranks)}",
+            f"this rank is in the job of ranks {list(connection.membership.ranks)}, the new group has {list(ranks)}",
             "use one data-parallel process group for all models of the process",
             Disagreement,
         )
-    rank = dist.get_rank()
+    rank = dist.get_rank(group)
     gathered: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(gathered, (uuid.uuid4().hex, rank, connection.model["daemon_id"]), group=group)
-    job_id = gathered[0][0]
+    dist.all_gather_object(gathered, (uuid.uuid4().hex, connection.model["daemon_id"]), group=group)
     by_daemon: dict[str, list[int]] = {}
-    for _, member, daemon_id in gathered:
+    for member, (_, daemon_id) in enumerate(gathered):
         by_daemon.setdefault(daemon_id, []).append(member)
-    members = tuple(sorted(by_daemon[connection.model["daemon_id"]]))
-    leaders = tuple(sorted(min(members_there) for members_there in by_daemon.values()))
+    members = tuple(by_daemon[connection.model["daemon_id"]])
+    leaders = tuple(sorted(ranks[there[0]] for there in by_daemon.values()))
     leader_group = None
-    if len(leaders) > 1 and rank in leaders:
+    if len(leaders) > 1 and ranks[rank] in leaders:
         # gloo: what is exchanged lies in host memory.
         leader_group = dist.new_group(list(leaders), backend="gloo", use_local_synchronization=True)
     name = os.environ.get("KT_COPROC_JOB", "")
+    job_id = gathered[0][0]
     connection.session.join(job_id, name, rank, len(ranks), members, group_timeout(group))
     connection.membership = Membership(ranks, rank, members, leaders, leader_group)
     if connection.membership.several_daemons:
@@ -170,9 +177,7 @@ def _from_lowest(membership: Membership, values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def lowest_values(
-    membership: Membership, tensor: LoraTensor, values: Optional[torch.Tensor]
-) -> Optional[torch.Tensor]:
+def lowest_values(membership: Membership, tensor: LoraTensor, values: torch.Tensor | None) -> torch.Tensor | None:
     """What this rank has to write into a tensor that was just created: the lowest rank's values, by the lowest rank of
     each daemon; None: nothing."""
     if not membership.is_lowest:

@@ -47,7 +47,9 @@ def refusal(what: str, why: str, fix: str, kind: type[CoprocError] = CoprocError
     return kind(three_lines(what, why, fix))
 
 
-EXPORT = "run `kt-coproc export` for a checkpoint that includes the experts; adapters are saved by PEFT's save_pretrained"
+EXPORT = (
+    "run `kt-coproc export` for a checkpoint that includes the experts; adapters are saved by PEFT's save_pretrained"
+)
 
 
 def weights_are_remote(what: str) -> CoprocError:

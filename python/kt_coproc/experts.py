@@ -1,15 +1,17 @@
 """The experts module of a model, served by the daemon.
 
-A loaded model's experts modules keep their names and become instances of a subclass of ours *and* of their own class, so
-isinstance, attributes and matching by name stay true. Their two parameters are placeholders (remote.py).
+A loaded model's experts modules keep their names and become instances of a subclass of ours *and* of their own class,
+so isinstance, attributes and matching by name stay true. Their two parameters are placeholders (remote.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import re
-from typing import Any, Callable, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +48,15 @@ class RemoteExperts(nn.Module):
     _kt_shapes: dict[str, tuple[torch.Size, torch.dtype]]
 
     @without_compilation  # Which adapter is active, and whether a checkpointed function is replayed, is Python state.
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor,
-                *, kt_adapter: Optional[Adapter] = None, kt_trainable: bool = False) -> torch.Tensor:  # fmt: skip
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        *,
+        kt_adapter: Adapter | None = None,
+        kt_trainable: bool = False,
+    ) -> torch.Tensor:
         """Runs the experts of this layer.
 
         Args:
@@ -79,7 +88,15 @@ class RemoteExperts(nn.Module):
         recording = replay.recording()
         mode = _REPLAY if ticket is not None else _RECORD if recording else _PLAIN
         output, kept = torch.ops.kt_coproc.experts(
-            hidden_states, top_k_index, top_k_weights, anchor, ticket, connection.session.handle, layer, adapter_id, mode
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            anchor,
+            ticket,
+            connection.session.handle,
+            layer,
+            adapter_id,
+            mode,
         )
         if recording:
             replay.record(layer, shape, output, kept)
@@ -88,7 +105,7 @@ class RemoteExperts(nn.Module):
     def _kt_anchor(self, connection: Connection, device: torch.device) -> torch.Tensor:
         """A leaf that takes part in the op: it gives the first layer a backward when only experts train, and its being
         accumulated tells that this is .backward() and not autograd.grad()."""
-        anchor: Optional[torch.Tensor] = self.__dict__.get("_kt_ddp_anchor")
+        anchor: torch.Tensor | None = self.__dict__.get("_kt_ddp_anchor")
         if anchor is None:
             anchor = torch.zeros((), device=device, requires_grad=True)
             if distributed.launched_without_process_group(connection):
@@ -96,14 +113,21 @@ class RemoteExperts(nn.Module):
         return anchor
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # The base weights are there as placeholders: whoever writes them to a file gets an error instead of a checkpoint
-        # that lacks its experts.
+        # The base weights are there as placeholders: whoever writes them to a file gets an error instead of a
+        # checkpoint that lacks its experts.
         if not remote.are_hidden():
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-                              missing_keys: list[str], unexpected_keys: list[str],
-                              error_msgs: list[str]) -> None:  # fmt: skip
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         for name in self._kt_shapes:
             value = state_dict.get(prefix + name)
             if value is not None and not remote.is_remote(value):
@@ -121,7 +145,7 @@ class RemoteExperts(nn.Module):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
-    def _kt_register_placeholders(self, device: torch.device, dtype: Optional[torch.dtype] = None) -> None:
+    def _kt_register_placeholders(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for name, (shape, own_dtype) in self._kt_shapes.items():
             source = remote.FrozenWeight(self._kt_layer, name)
             parameter = remote.placeholder(shape, dtype or own_dtype, device, source, requires_grad=True)
@@ -140,14 +164,16 @@ class MoEExperts(RemoteExperts):
         CoprocError: no daemon, or the layer has no routed experts.
     """
 
-    def __init__(self, layer_idx: int, client: Optional[Client] = None) -> None:
+    def __init__(self, layer_idx: int, client: Client | None = None) -> None:
         super().__init__()
         client = client or default_client()
         model = client.connection.model
         if layer_idx not in model["moe_layers"]:
-            raise errors.refusal(f"layer {layer_idx} has no routed experts",
-                                 f"the daemon's model has them in layers {list(model['moe_layers'])}",
-                                 "use one of those layers")  # fmt: skip
+            raise errors.refusal(
+                f"layer {layer_idx} has no routed experts",
+                f"the daemon's model has them in layers {list(model['moe_layers'])}",
+                "use one of those layers",
+            )
         self.num_experts = int(model["num_experts"])
         self.hidden_dim = int(model["hidden_size"])
         self.intermediate_dim = int(model["intermediate_size"])
@@ -188,11 +214,21 @@ def routed_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
         last = name.rpartition(".")[2]
         stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
         listed = isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1
-        if last == "experts" and (stacked or listed) and not isinstance(module, RemoteExperts):
-            found.append((name, module))
-        elif is_swappable(module) and not isinstance(module, RemoteExperts):
+        if (
+            last == "experts"
+            and (stacked or listed)
+            and not isinstance(module, RemoteExperts)
+            or is_swappable(module)
+            and not isinstance(module, RemoteExperts)
+        ):
             found.append((name, module))
     return found
+
+
+def layer_number(name: str) -> int:
+    """Of a module's name, "model.layers.3.mlp.experts"; -1 where it has none."""
+    match = _LAYER_NAME.search(name)
+    return int(match[1]) if match else -1
 
 
 def remote_modules(model: nn.Module) -> list[tuple[str, RemoteExperts]]:
@@ -200,8 +236,11 @@ def remote_modules(model: nn.Module) -> list[tuple[str, RemoteExperts]]:
 
 
 def _is_silu(activation: Any) -> bool:
-    return activation is functional.silu or isinstance(activation, nn.SiLU) or type(activation).__name__ in (
-        "SiLUActivation", "SiLU")  # fmt: skip
+    return (
+        activation is functional.silu
+        or isinstance(activation, nn.SiLU)
+        or type(activation).__name__ in ("SiLUActivation", "SiLU")
+    )
 
 
 def _differences(module: nn.Module, model: dict[str, Any]) -> list[str]:
@@ -240,8 +279,7 @@ def swap(model: nn.Module, binding: Binding) -> int:
     modules = []
     for name, module in routed_experts(model):
         wrong = _differences(module, served)
-        match = _LAYER_NAME.search(name)
-        layer = int(match[1]) if match else -1
+        layer = layer_number(name)
         if not wrong and layer not in served["moe_layers"]:
             wrong = [f"layer {layer} where the daemon has layers {list(served['moe_layers'])}"]
         if wrong:
@@ -262,7 +300,7 @@ def swap(model: nn.Module, binding: Binding) -> int:
     return len(modules)
 
 
-def add_placeholders(model: nn.Module, dtype: Optional[torch.dtype] = None) -> None:
+def add_placeholders(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Gives remote modules their placeholder parameters: PEFT looks for them, and parameter counts include them. Not
     earlier than after loading: transformers' device maps and loader must not see them."""
     for name, module in remote_modules(model):
@@ -274,3 +312,17 @@ def add_placeholders(model: nn.Module, dtype: Optional[torch.dtype] = None) -> N
             (p.device for p in model.parameters() if not remote.is_remote(p)), torch.device("cpu")
         )
         module._kt_register_placeholders(device, dtype)
+
+
+@contextlib.contextmanager
+def without_base_weights(*models: nn.Module) -> Iterator[None]:
+    """Inside, the models do not have the placeholders of their experts' base weights."""
+    taken = []
+    for model in models:
+        for _, module in remote_modules(model):
+            taken += [(module, name, module._parameters.pop(name)) for name in module._kt_shapes]
+    try:
+        yield
+    finally:
+        for module, name, parameter in taken:
+            module._parameters[name] = parameter

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import struct
-from typing import Iterable, NamedTuple, Optional, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 _SAMPLE_BYTES = 4096
 _HEADER_BYTES_MAX = 100_000_000  # As the safetensors library.
@@ -48,15 +49,19 @@ def read_header(path: str) -> dict[str, _Tensor]:
     return tensors
 
 
-def _sample(path: str, offset: int, size: int) -> bytes:
+def _read(path: str, offset: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
-        return file.read(min(_SAMPLE_BYTES, size))
+        return file.read(size)
+
+
+def _sample(path: str, offset: int, size: int) -> bytes:
+    return _read(path, offset, min(_SAMPLE_BYTES, size))
 
 
 def _fused_samples(gate_up: _Tensor, down: _Tensor, layer: int) -> Iterable[bytes]:
     num_experts = gate_up.shape[0]
-    expert = 7 * layer % num_experts
+    expert = sampled_expert(layer, num_experts)
     half = gate_up.size // num_experts // 2
     yield _sample(gate_up.path, gate_up.offset + expert * 2 * half, half)
     yield _sample(gate_up.path, gate_up.offset + expert * 2 * half + half, half)
@@ -65,13 +70,48 @@ def _fused_samples(gate_up: _Tensor, down: _Tensor, layer: int) -> Iterable[byte
 
 
 def _per_expert_samples(tensors: dict[tuple[int, str], _Tensor], layer: int) -> Iterable[bytes]:
-    expert = 7 * layer % (1 + max(expert for expert, _ in tensors))
+    expert = sampled_expert(layer, 1 + max(expert for expert, _ in tensors))
     for projection in ("gate_proj", "up_proj", "down_proj"):
         tensor = tensors[expert, projection]
         yield _sample(tensor.path, tensor.offset, tensor.size)
 
 
-def fingerprint(directory: str, files: Sequence[str]) -> Optional[str]:
+def sampled_expert(layer: int, num_experts: int) -> int:
+    """The expert whose weights enter the fingerprint."""
+    return 7 * layer % num_experts
+
+
+def first_rows(files: Sequence[str]) -> dict[int, tuple[str, bytes]]:
+    """Layer -> dtype as in the file and bytes of the first row of the sampled expert's gate matrix. For files that have
+    a fingerprint."""
+    routed = _routed_tensors(files)
+    num_experts = 1 + max((int(m[1]) for rest in _rests(routed) if (m := _PER_EXPERT.match(rest))), default=0)
+    rows = {}
+    for name, tensor in routed.items():
+        match = _EXPERT_NAME.match(name)
+        assert match is not None
+        layer, rest = int(match[1]), match[2]
+        if rest == "gate_up_proj":
+            part = tensor.size // tensor.shape[0]
+            offset = tensor.offset + sampled_expert(layer, tensor.shape[0]) * part
+            rows[layer] = tensor.dtype, _read(tensor.path, offset, part // tensor.shape[1])
+        elif rest == f"{sampled_expert(layer, num_experts)}.gate_proj.weight":
+            rows[layer] = tensor.dtype, _read(tensor.path, tensor.offset, tensor.size // tensor.shape[0])
+    return rows
+
+
+def _routed_tensors(files: Sequence[str]) -> dict[str, _Tensor]:
+    routed: dict[str, _Tensor] = {}
+    for path in files:
+        routed.update({n: t for n, t in read_header(path).items() if _EXPERT_NAME.match(n)})
+    return routed
+
+
+def _rests(routed: dict[str, _Tensor]) -> Iterable[str]:
+    return (match[2] for match in map(_EXPERT_NAME.match, routed) if match is not None)
+
+
+def fingerprint(directory: str, files: Sequence[str]) -> str | None:
     """SHA-256 in hexadecimal, or None where the files do not hold experts of a family the co-process knows.
 
     Args:
@@ -81,9 +121,7 @@ def fingerprint(directory: str, files: Sequence[str]) -> Optional[str]:
     try:
         with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
             architecture = json.load(file)["architectures"][0]
-        routed: dict[str, _Tensor] = {}
-        for path in files:
-            routed.update({n: t for n, t in read_header(path).items() if _EXPERT_NAME.match(n)})
+        routed = _routed_tensors(files)
         if not routed:
             return None
         digest = hashlib.sha256(f"{architecture}\n".encode())

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ class FrozenWeight:
         return self  # A copied model uses the same experts.
 
 
-Source = Union[LoraTensor, FrozenWeight]
+Source = LoraTensor | FrozenWeight
 
 _pointers_are_names = False
 _hidden = False
@@ -74,8 +75,9 @@ class RemoteTensor(torch.Tensor):
     source: Source
 
     @staticmethod
-    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, source: Source,
-                requires_grad: bool = False) -> RemoteTensor:  # fmt: skip
+    def __new__(
+        cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, source: Source, requires_grad: bool = False
+    ) -> RemoteTensor:
         tensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device, requires_grad=requires_grad
         )
@@ -102,7 +104,7 @@ class RemoteTensor(torch.Tensor):
             return
         self.source.write(values)
 
-    def _like(self, dtype: Optional[torch.dtype] = None, device: Optional[torch.device] = None) -> RemoteTensor:
+    def _like(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RemoteTensor:
         return RemoteTensor(self.shape, dtype or self.dtype, device or self.device, self.source)
 
     @classmethod
@@ -144,12 +146,12 @@ class RemoteTensor(torch.Tensor):
             self.push(values.real() if isinstance(values, RemoteTensor) else values)
 
     @property
-    def grad(self) -> Optional[torch.Tensor]:
+    def grad(self) -> torch.Tensor | None:
         """Always None; see kt_coproc.expert_gradients. Assigning None discards the adapter's gradients."""
         return None
 
     @grad.setter
-    def grad(self, value: Optional[torch.Tensor]) -> None:
+    def grad(self, value: torch.Tensor | None) -> None:
         if value is not None:
             raise errors.refusal(
                 "the gradient of an expert parameter cannot be assigned",
@@ -178,14 +180,15 @@ def is_remote(tensor: Any) -> bool:
     return isinstance(tensor, RemoteTensor)
 
 
-def lora_tensor(parameter: Any) -> Optional[LoraTensor]:
+def lora_tensor(parameter: Any) -> LoraTensor | None:
     """The adapter tensor behind a parameter, None for everything else."""
     source = getattr(parameter, "source", None) if isinstance(parameter, RemoteTensor) else None
     return source if isinstance(source, LoraTensor) else None
 
 
-def placeholder(shape: torch.Size, dtype: torch.dtype, device: torch.device, source: Source,
-                requires_grad: bool) -> nn.Parameter:  # fmt: skip
+def placeholder(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, source: Source, requires_grad: bool
+) -> nn.Parameter:
     return nn.Parameter(RemoteTensor(shape, dtype, device, source), requires_grad=requires_grad)
 
 
@@ -199,10 +202,6 @@ def _is_in_place(func: Any) -> bool:
 
 
 def _in_place(func: Any, target: RemoteTensor, args: Any, kwargs: Any) -> RemoteTensor:
-    others = [leaf for leaf in args[1:] if isinstance(leaf, RemoteTensor)]
-    if isinstance(target.source, FrozenWeight) and others and all(o.source is target.source for o in others):
-        return target  # Averaging a weight with itself (torch.optim.swa_utils).
-    target.real() if isinstance(target.source, FrozenWeight) else None  # Raises, and names the parameter.
     plain_args, plain_kwargs = _plain((args, kwargs))
     func(*plain_args, **plain_kwargs)
     target.push(plain_args[0])
@@ -215,16 +214,10 @@ def _foreach(func: Any, args: Any, kwargs: Any) -> Any:
     results = []
     for i in range(count):
         one = [arg[i : i + 1] if isinstance(arg, (list, tuple)) and len(arg) == count else arg for arg in args]
-        target = one[0][0]
-        if isinstance(target, RemoteTensor) and _is_in_place(func):
-            others = [arg[0] for arg in one[1:] if isinstance(arg, list) and isinstance(arg[0], RemoteTensor)]
-            if isinstance(target.source, FrozenWeight) and others and all(o.source is target.source for o in others):
-                continue
-            plain = _plain(one)
-            func(*plain, **kwargs)
-            target.push(plain[0][0])
-        else:
-            results += func(*_plain(one), **kwargs) or []
+        plain = _plain(one)
+        results += func(*plain, **kwargs) or []
+        if isinstance(one[0][0], RemoteTensor) and _is_in_place(func):
+            one[0][0].push(plain[0][0])
     return results or None
 
 
@@ -267,9 +260,11 @@ class RemoteLinear(nn.Linear):
     """PEFT's lora_A or lora_B of an experts module. Made by changing the class of the nn.Linear that PEFT made."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        raise errors.refusal("an expert adapter's matrix was called as a layer",
-                             "expert LoRA is computed in the co-process, as part of its experts module",
-                             "call the model, or its experts module")  # fmt: skip
+        raise errors.refusal(
+            "an expert adapter's matrix was called as a layer",
+            "expert LoRA is computed in the co-process, as part of its experts module",
+            "call the model, or its experts module",
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' own adapter loading assigns Parameters, it does not call load_state_dict().
@@ -290,9 +285,16 @@ class RemoteLinear(nn.Linear):
         if not _hidden:
             destination[prefix + "weight"] = self.weight.real()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
-                              missing_keys: list[str], unexpected_keys: list[str],
-                              error_msgs: list[str]) -> None:  # fmt: skip
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         if _hidden:
             return
         values = state_dict.get(prefix + "weight")
@@ -308,9 +310,9 @@ class RemoteLinear(nn.Linear):
             self._receive(values.real() if isinstance(values, RemoteTensor) else values)
 
 
-def take_over(linear: nn.Linear, tensor_of: Callable[[torch.Size, Optional[torch.Tensor]], LoraTensor]) -> None:
-    """Turns an nn.Linear with values into a RemoteLinear without. tensor_of(shape, float32 CPU values or None) makes the
-    tensor that gets the values."""
+def take_over(linear: nn.Linear, tensor_of: Callable[[torch.Size, torch.Tensor | None], LoraTensor]) -> None:
+    """Turns an nn.Linear with values into a RemoteLinear without. tensor_of(shape, float32 CPU values or None) makes
+    the tensor that gets the values."""
     weight = linear.weight
     values = None if weight.is_meta else weight.detach().to("cpu", torch.float32, copy=True)
     device = weight.device

@@ -1,9 +1,9 @@
 """Activation checkpointing without a second forward of the experts.
 
 torch.utils.checkpoint runs a function once to get its output and again, in backward, to get what autograd needs. The
-function it is given is wrapped in a closure with a Replay: its first run records the ticket of every experts call, every
-later run gives them back in the same order, and the daemon's kept output is fetched instead of computed. No inputs are
-compared and nothing is asked about the state of autograd, so both modes, nesting and early stop work.
+function it is given is wrapped in a closure with a Replay: its first run records the ticket of every experts call,
+every later run gives them back in the same order, and the daemon's kept output is fetched instead of computed. No
+inputs are compared and nothing is asked about the state of autograd, so both modes, nesting and early stop work.
 
 The recomputation may come after the experts' own backward, which consumed the activation (something that ran after the
 experts, but on another branch, saved a tensor). Then there is nothing to fetch and the experts run once more.
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Recorded:
     def __init__(self, layer: int, shape: tuple[int, ...], output: torch.Tensor, ticket: torch.Tensor) -> None:
         self.layer = layer
         self.shape = shape
-        self.ticket: Optional[torch.Tensor] = ticket
+        self.ticket: torch.Tensor | None = ticket
         if output.grad_fn is not None:  # Non-reentrant: this call's own node will run the backward.
             output.grad_fn.register_hook(self._consumed)
 
@@ -58,7 +59,7 @@ class Replay:
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _stack().pop()
         if kind is not None and self._num_runs == 1:
@@ -91,7 +92,7 @@ def recording() -> bool:
     return any(not replay.replaying for replay in _stack())
 
 
-def replayed(layer: int, shape: tuple[int, ...]) -> Optional[Recorded]:
+def replayed(layer: int, shape: tuple[int, ...]) -> Recorded | None:
     """What the first run recorded, when the current experts call is in a recomputation."""
     for replay in reversed(_stack()):
         if replay.replaying:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from typing import Any, Callable, Iterable, Iterator, Optional
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -37,8 +38,9 @@ def without_steps() -> Iterator[None]:
         _suppressed = before
 
 
-# --------------------------------------------------------------------------------------------- which optimizers, refusals
-def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> Optional[bool]:
+# --------------------------------------------------------------------------------------------- which optimizers,
+# refusals
+def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool | None:
     """AdamW's weight decay (True), Adam's (False), or None: an optimizer the daemon does not have."""
     cls = type(optimizer)
     if isinstance(optimizer, torch.optim.Adam) and inspect.unwrap(cls.step) is inspect.unwrap(torch.optim.Adam.step):
@@ -51,7 +53,7 @@ def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> Optional[bool]
     return None
 
 
-def _unsupported(optimizer: Optimizer, group: dict[str, Any]) -> Optional[str]:
+def _unsupported(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
     if _is_decoupled(optimizer, group) is None:
         return f"{type(optimizer).__name__} is neither Adam nor AdamW"
     for option in ("amsgrad", "maximize", "differentiable"):
@@ -71,18 +73,23 @@ def check_group(optimizer: Optimizer, group: dict[str, Any]) -> None:
             continue
         tensor = lora_tensor(parameter)
         if tensor is None:
-            raise refusal("the base weights of routed experts cannot be trained",
-                          "they are read-only in the co-process, and one of them was given to an optimizer",
-                          "train LoRA adapters (peft), or freeze the experts: parameter.requires_grad_(False)")  # fmt: skip
+            raise refusal(
+                "the base weights of routed experts cannot be trained",
+                "they are read-only in the co-process, and one of them was given to an optimizer",
+                "train LoRA adapters (peft), or freeze the experts: parameter.requires_grad_(False)",
+            )
         reason = _unsupported(optimizer, group)
         if reason is not None:
-            raise refusal("cannot train expert adapters with this optimizer",
-                          f"they are stepped in the co-process, and {reason}",
-                          "use torch.optim.AdamW or Adam (TrainingArguments(optim='adamw_torch'))")  # fmt: skip
+            raise refusal(
+                "cannot train expert adapters with this optimizer",
+                f"they are stepped in the co-process, and {reason}",
+                "use torch.optim.AdamW or Adam (TrainingArguments(optim='adamw_torch'))",
+            )
         _owners[tensor] = weakref.ref(optimizer)
 
 
-# ------------------------------------------------------------------------------------------------------------------- STEP
+# -------------------------------------------------------------------------------------------------------------------
+# STEP
 def _trained_by(optimizer: Optimizer) -> dict[Adapter, dict[LoraTensor, int]]:
     """adapter -> tensor -> number of its parameter group, for what this optimizer trains."""
     found: dict[Adapter, dict[LoraTensor, int]] = {}
@@ -100,8 +107,14 @@ def _number(value: Any) -> float:
 
 def _hyperparameters(optimizer: Optimizer, group: dict[str, Any]) -> tuple[float, float, float, float, float, bool]:
     beta1, beta2 = group["betas"][:2]
-    return (_number(group["lr"]), _number(beta1), _number(beta2), _number(group["eps"]), _number(group["weight_decay"]),
-            bool(_is_decoupled(optimizer, group)))  # fmt: skip
+    return (
+        _number(group["lr"]),
+        _number(beta1),
+        _number(beta2),
+        _number(group["eps"]),
+        _number(group["weight_decay"]),
+        bool(_is_decoupled(optimizer, group)),
+    )
 
 
 def _require_whole_adapter(optimizer: Optimizer, adapter: Adapter, tensors: dict[LoraTensor, int]) -> None:
@@ -129,8 +142,11 @@ def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not trained:
         return
     if kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None):
-        raise refusal("optimizer.step(closure) refused", "its backward would come after the co-process has stepped",
-                      "call backward() first and then step() without a closure")  # fmt: skip
+        raise refusal(
+            "optimizer.step(closure) refused",
+            "its backward would come after the co-process has stepped",
+            "call backward() first and then step() without a closure",
+        )
     for adapter in _in_order(trained):
         _step(optimizer, adapter, trained[adapter])
 
@@ -148,8 +164,11 @@ def _step(optimizer: Optimizer, adapter: Adapter, tensors: dict[LoraTensor, int]
     _require_whole_adapter(optimizer, adapter, tensors)
     numbers = sorted(set(tensors.values()))
     if len(numbers) > _GROUPS_MAX:
-        raise refusal("too many parameter groups hold expert adapters", f"{len(numbers)}, the limit is {_GROUPS_MAX}",
-                      "merge parameter groups with equal hyperparameters")  # fmt: skip
+        raise refusal(
+            "too many parameter groups hold expert adapters",
+            f"{len(numbers)}, the limit is {_GROUPS_MAX}",
+            "merge parameter groups with equal hyperparameters",
+        )
     for number in numbers:
         reason = _unsupported(optimizer, optimizer.param_groups[number])
         if reason is not None:
@@ -164,7 +183,8 @@ def _step(optimizer: Optimizer, adapter: Adapter, tensors: dict[LoraTensor, int]
     adapter.coefficient, adapter.reduced = 1.0, False
 
 
-# ---------------------------------------------------------------------------------------------------------------- DISCARD
+# ----------------------------------------------------------------------------------------------------------------
+# DISCARD
 def discard(parameters: Iterable[Any]) -> None:
     """zero_grad() of these parameters: gradients that were summed since the last step are dropped. Nothing is sent when
     there are none, so a zero_grad() right after step() cannot race with another rank's next backward."""
@@ -173,9 +193,16 @@ def discard(parameters: Iterable[Any]) -> None:
         adapter.discard()
 
 
-# --------------------------------------------------------------------------------------------------------------- clipping
-def clip_grad_norm(original: Callable[..., torch.Tensor], parameters: Any, max_norm: float, norm_type: float = 2.0,
-                   error_if_nonfinite: bool = False, foreach: Optional[bool] = None) -> torch.Tensor:  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------
+# clipping
+def clip_grad_norm(
+    original: Callable[..., torch.Tensor],
+    parameters: Any,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
     """torch.nn.utils.clip_grad_norm_ over parameters here and in the daemon together: N = sqrt(N_here² + ‖S‖²/W²)."""
     everything = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     chosen: dict[Adapter, dict[LoraTensor, int]] = {}
@@ -186,8 +213,11 @@ def clip_grad_norm(original: Callable[..., torch.Tensor], parameters: Any, max_n
     if not _in_order(chosen):
         return original(everything, max_norm, norm_type, error_if_nonfinite, foreach)
     if float(norm_type) != 2.0:
-        raise refusal("cannot clip the gradients of expert adapters with this norm",
-                      f"norm_type is {norm_type}, the co-process computes the 2-norm", "use norm_type=2")  # fmt: skip
+        raise refusal(
+            "cannot clip the gradients of expert adapters with this norm",
+            f"norm_type is {norm_type}, the co-process computes the 2-norm",
+            "use norm_type=2",
+        )
     with torch.no_grad():
         here = [parameter for parameter in everything if not is_remote(parameter)]
         gradients = [parameter.grad for parameter in here if parameter.grad is not None]
@@ -197,8 +227,9 @@ def clip_grad_norm(original: Callable[..., torch.Tensor], parameters: Any, max_n
         norm_there = torch.tensor(squared**0.5, dtype=torch.float32, device=full.device)
         total = torch.linalg.vector_norm(torch.stack([full.float(), norm_there]), 2.0)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
-            raise RuntimeError("The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot "
-                               "be clipped.")  # fmt: skip
+            raise RuntimeError(
+                "The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be clipped."
+            )
         _clip_here(norm_here, here, max_norm, total, foreach)
         coefficient = float(torch.clamp(float(max_norm) / (total + 1e-6), max=1.0))
         if coefficient != 1.0:
@@ -208,8 +239,9 @@ def clip_grad_norm(original: Callable[..., torch.Tensor], parameters: Any, max_n
         return total
 
 
-def _clip_here(norm_here: torch.Tensor, here: list[Any], max_norm: float, total: torch.Tensor,
-               foreach: Optional[bool]) -> None:  # fmt: skip
+def _clip_here(
+    norm_here: torch.Tensor, here: list[Any], max_norm: float, total: torch.Tensor, foreach: bool | None
+) -> None:
     if hasattr(norm_here, "full_tensor"):
         from torch.distributed.tensor import DTensor
 
@@ -242,9 +274,12 @@ def refuse_remote(parameters: Any, function: str) -> None:
     everything = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     for parameter in everything:
         if lora_tensor(parameter) is not None and parameter.requires_grad:
-            raise refusal(f"{function} cannot include expert adapters", "their gradients are in the co-process",
-                          "use torch.nn.utils.clip_grad_norm_, called through its module and not imported before "
-                          "kt_coproc was installed")  # fmt: skip
+            raise refusal(
+                f"{function} cannot include expert adapters",
+                "their gradients are in the co-process",
+                "use torch.nn.utils.clip_grad_norm_, called through its module and not imported before "
+                "kt_coproc was installed",
+            )
 
 
 # -------------------------------------------------------------------------------------------------- optimizer state
@@ -287,14 +322,14 @@ def import_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     if len(saved) != len(mine) or not any(lora_tensor(parameter) for parameter in mine):
         return state_dict  # torch says what does not fit.
     state = dict(state_dict["state"])
-    for number, parameter in zip(saved, mine):
+    for number, parameter in zip(saved, mine, strict=True):
         tensor = lora_tensor(parameter)
         if tensor is not None:
             _import_tensor(tensor, state.pop(number, None), number)
     return {**state_dict, "state": state}
 
 
-def _import_tensor(tensor: LoraTensor, state: Optional[dict[str, Any]], number: int) -> None:
+def _import_tensor(tensor: LoraTensor, state: dict[str, Any] | None, number: int) -> None:
     if not state:
         if tensor.t > 0:  # The state that is loaded knows nothing of it: back to the beginning.
             tensor.write(torch.zeros(tensor.shape), EXP_AVG)
@@ -303,9 +338,12 @@ def _import_tensor(tensor: LoraTensor, state: Optional[dict[str, Any]], number: 
         return
     missing = {"step", "exp_avg", "exp_avg_sq"} - set(state)
     if missing:
-        raise refusal(f"cannot load the optimizer state of parameter {number}",
-                      f"it has no {', '.join(sorted(missing))}, so it is not AdamW's",
-                      "load a state that torch.optim.AdamW or Adam saved", CoprocError)  # fmt: skip
+        raise refusal(
+            f"cannot load the optimizer state of parameter {number}",
+            f"it has no {', '.join(sorted(missing))}, so it is not AdamW's",
+            "load a state that torch.optim.AdamW or Adam saved",
+            CoprocError,
+        )
     tensor.write(state["exp_avg"], EXP_AVG)
     tensor.write(state["exp_avg_sq"], EXP_AVG_SQ)
     tensor.write_t(int(_number(state["step"])))

@@ -36,7 +36,7 @@ TEST_F(Failure, ARankKilledInMidStepEndsItsJobAndNothingElse) {
   ASSERT_NO_FATAL_FAILURE(wait_paused(beside[0]));
   ASSERT_NO_FATAL_FAILURE(wait_paused(victims[1]));
   victims[1].process.signal(SIGKILL);
-  for (const std::size_t rank : {0, 2}) {
+  for (const std::size_t rank : {std::size_t{0}, std::size_t{2}}) {
     const auto report = report_of(victims[rank], 3);
     ASSERT_TRUE(report.contains("error")) << report;
     EXPECT_EQ(code_of(report), kRankDied) << text_of(report);

@@ -270,13 +270,14 @@ void FakeDaemon::read_or_write(const shm::Request& request) {
   const std::uint64_t elements = request.kind == shm::TensorKind::kT ? 1 : width * adapter_r_;
   float* value = floats(request, shm::TensorPayload(request.num_experts, elements, 1).values);
   for (std::uint32_t expert = request.first_expert; expert < request.first_expert + request.num_experts; ++expert) {
-    for (std::uint64_t i = 0; i < elements; ++i, ++value) {
-      if (request.verb == shm::Verb::kWrite) {
-        values_[expert][i] = *value;
-      } else {
-        *value = values_[expert][i];
-      }
+    std::vector<float>& values = values_[expert];
+    values.resize(elements);
+    if (request.verb == shm::Verb::kWrite) {
+      std::copy_n(value, elements, values.begin());
+    } else {
+      std::copy_n(values.begin(), elements, value);
     }
+    value += elements;
   }
 }
 

@@ -93,7 +93,7 @@ class FakeDaemon {
   bool stop_ = false;
 
   std::deque<shm::ReceivedRequest> unanswered_;                    // The thread's own.
-  std::map<std::uint32_t, std::map<std::uint64_t, float>> values_;  // The thread's: [expert][element].
+  std::map<std::uint32_t, std::vector<float>> values_;  // The thread's: the last tensor written, by expert.
   std::atomic<bool> client_left_ = false;
   std::thread thread_;
 };

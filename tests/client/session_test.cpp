@@ -352,10 +352,10 @@ TEST(Session, ManyThreadsShareASmallArena) {
   FakeDaemon daemon(model);
   const auto session = connect(daemon);
   std::vector<std::thread> threads;
-  for (unsigned i = 0; i < 6; ++i) {
+  for (unsigned i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
-      for (unsigned round = 0; round < 12; ++round) {
-        Call call(model, (i * 12 + round) % 5 == 0 ? 9000 : 1 + 700 * i, 100 * i + round);
+      for (unsigned round = 0; round < 6; ++round) {
+        Call call(model, (i + round) % 4 == 0 ? 9000 : 1 + 1000 * i, 100 * i + round);
         const std::uint64_t act_id = session->new_act_id();
         ASSERT_TRUE(call.forward(*session, act_id).ok());
         call.expect_forward();

@@ -1,5 +1,5 @@
-// Reads instructions from stdin, one line of hexadecimal bytes each; prints their lengths, 0 for one that the emulator does
-// not know. For check_emulated_instructions.py.
+// Reads instructions from stdin, one line of hexadecimal bytes each; prints their lengths, 0 for one that the emulator
+// does not know. For check_emulated_instructions.py.
 #include <array>
 #include <cstdio>
 #include <iostream>

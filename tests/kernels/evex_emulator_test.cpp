@@ -41,11 +41,10 @@ class EvexEmulator : public testing::Test {
 TEST_F(EvexEmulator, LoadsAndStoresCarryAll512BitsOfLowAndHighRegisters) {
   const Words in = counting(100);
   Words low{}, high{};
-  __asm__ volatile(
-      "vmovups %2, %%zmm3\n vmovaps %%zmm3, %%zmm29\n vmovdqu64 %%zmm3, %0\n vmovdqa64 %%zmm29, %1"
-      : "=m"(low), "=m"(high)
-      : "m"(in)
-      : "xmm3");
+  __asm__ volatile("vmovups %2, %%zmm3\n vmovaps %%zmm3, %%zmm29\n vmovdqu64 %%zmm3, %0\n vmovdqa64 %%zmm29, %1"
+                   : "=m"(low), "=m"(high)
+                   : "m"(in)
+                   : "xmm3");
   EXPECT_EQ(low, in);
   EXPECT_EQ(high, in);
 }
@@ -53,32 +52,29 @@ TEST_F(EvexEmulator, LoadsAndStoresCarryAll512BitsOfLowAndHighRegisters) {
 TEST_F(EvexEmulator, AVexInstructionZeroesTheUpperHalfAndIsSeenByTheNextEvexOne) {
   const Words in = counting(1);
   Words out{};
-  __asm__ volatile(
-      "vmovups %1, %%zmm2\n vpaddd %%ymm2, %%ymm2, %%ymm2\n vmovups %%zmm2, %0"  // vpaddd is VEX here
-      : "=m"(out)
-      : "m"(in)
-      : "xmm2");
+  __asm__ volatile("vmovups %1, %%zmm2\n vpaddd %%ymm2, %%ymm2, %%ymm2\n vmovups %%zmm2, %0"  // vpaddd is VEX here
+                   : "=m"(out)
+                   : "m"(in)
+                   : "xmm2");
   for (std::uint32_t i = 0; i < 16; ++i) EXPECT_EQ(out.word[i], i < 8 ? 2 * in.word[i] : 0) << "word " << i;
 }
 
 TEST_F(EvexEmulator, AVexInstructionReadsTheLowHalfThatAnEvexOneWrote) {
   const Words in = counting(7);
   Words out{};
-  __asm__ volatile(
-      "vmovups %1, %%zmm2\n vextracti128 $1, %%ymm2, %%xmm5\n vmovdqu %%xmm5, %0\n vzeroupper"
-      : "=m"(out)
-      : "m"(in)
-      : "xmm2", "xmm5");
+  __asm__ volatile("vmovups %1, %%zmm2\n vextracti128 $1, %%ymm2, %%xmm5\n vmovdqu %%xmm5, %0\n vzeroupper"
+                   : "=m"(out)
+                   : "m"(in)
+                   : "xmm2", "xmm5");
   for (std::uint32_t i = 0; i < 4; ++i) EXPECT_EQ(out.word[i], in.word[4 + i]);
 }
 
 TEST_F(EvexEmulator, ShorterVectorsZeroEverythingAboveThem) {
   const Words ones = counting(50);
   Words out{};
-  __asm__ volatile(
-      "vmovups %1, %%zmm17\n vmovups %1, %%zmm18\n vpaddd %%ymm18, %%ymm17, %%ymm17\n vmovups %%zmm17, %0"
-      : "=m"(out)
-      : "m"(ones));
+  __asm__ volatile("vmovups %1, %%zmm17\n vmovups %1, %%zmm18\n vpaddd %%ymm18, %%ymm17, %%ymm17\n vmovups %%zmm17, %0"
+                   : "=m"(out)
+                   : "m"(ones));
   for (std::uint32_t i = 0; i < 16; ++i) EXPECT_EQ(out.word[i], i < 8 ? 2 * ones.word[i] : 0);
 }
 
@@ -91,7 +87,8 @@ TEST_F(EvexEmulator, MasksMergeOrZeroAndMaskedOffMemoryIsNotTouched) {
       "vpord %%zmm22, %%zmm20, %%zmm21%{%%k2%}\n vmovups %%zmm21, %0\n"
       "vmovaps %%zmm22, %%zmm23%{%%k2%}%{z%}\n vmovups %%zmm23, %1\n"
       "vmovups %%zmm22, %2%{%%k2%}\n"
-      "kxorw %%k2, %%k2, %%k2\n kmovw %%k2, %%ecx\n vmovups (%%rcx), %%zmm24%{%%k2%}%{z%}"  // reads nothing at address 0
+      "kxorw %%k2, %%k2, %%k2\n kmovw %%k2, %%ecx\n vmovups (%%rcx), %%zmm24%{%%k2%}%{z%}"  // reads nothing at address
+                                                                                            // 0
       : "=m"(merged), "=m"(zeroed), "+m"(stored)
       : "m"(a)
       : "eax", "ecx");
@@ -121,7 +118,8 @@ TEST_F(EvexEmulator, AddressesHaveBaseIndexScaleAndCompressedDisplacements) {
   for (const std::uint32_t word : element.word) EXPECT_EQ(word, 115u);
 }
 
-alignas(64) [[gnu::used]] const std::uint32_t static_words[16] = {5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20};
+alignas(64)
+    [[gnu::used]] const std::uint32_t static_words[16] = {5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20};
 
 TEST_F(EvexEmulator, IpRelativeAddressesCountFromTheNextInstruction) {
   Words loaded{};
@@ -171,10 +169,11 @@ TEST_F(EvexEmulator, Vdpbf16psFollowsItsBitModelForAnyBits) {
       acc.word[i] = static_cast<std::uint32_t>(random()) & (round % 2 == 0 ? 0xffffffffu : 0x81ffffffu);
     }
     Words got = acc;
-    __asm__ volatile("vmovups %1, %%zmm16\n vmovups %2, %%zmm17\n vmovups %0, %%zmm18\n"
-                     "vdpbf16ps %%zmm17, %%zmm16, %%zmm18\n vmovups %%zmm18, %0"
-                     : "+m"(got)
-                     : "m"(a), "m"(b));
+    __asm__ volatile(
+        "vmovups %1, %%zmm16\n vmovups %2, %%zmm17\n vmovups %0, %%zmm18\n"
+        "vdpbf16ps %%zmm17, %%zmm16, %%zmm18\n vmovups %%zmm18, %0"
+        : "+m"(got)
+        : "m"(a), "m"(b));
     for (std::size_t i = 0; i < 16; ++i) {
       const float want = dot_model(*table, std::bit_cast<float>(acc.word[i]), &a.word[i], &b.word[i], 2);
       ASSERT_TRUE(same_bits(want, std::bit_cast<float>(got.word[i])))
@@ -214,16 +213,16 @@ TEST_F(EvexEmulator, WhatHardwareWouldRefuseEndsTheProcess) {
 
 TEST(EvexDecoder, FormsOutsideTheListAreUnknown) {
   const auto decodes = [](std::array<std::uint8_t, 15> code) { return decode_instruction(code.data()).has_value(); };
-  EXPECT_TRUE(decodes({0x62, 0xf1, 0x74, 0x48, 0x58, 0xd1}));         // vaddps zmm2, zmm1, zmm1
-  EXPECT_FALSE(decodes({0x62, 0xf9, 0x74, 0x48, 0x58, 0xd1}));        // a reserved bit
-  EXPECT_FALSE(decodes({0x62, 0xf1, 0x70, 0x48, 0x58, 0xd1}));        // the fixed bit cleared
-  EXPECT_FALSE(decodes({0x62, 0xf1, 0xf4, 0x48, 0x58, 0xd1}));        // W1: another instruction
-  EXPECT_FALSE(decodes({0x62, 0xf1, 0x74, 0x68, 0x58, 0xd1}));        // vector length 3
-  EXPECT_FALSE(decodes({0x62, 0xf1, 0x74, 0xc8, 0x58, 0xd1}));        // zeroing without a mask
-  EXPECT_FALSE(decodes({0x62, 0xf1, 0x74, 0x48, 0x10, 0x00}));        // vmovups with a second operand
-  EXPECT_FALSE(decodes({0x62, 0xf1, 0x7c, 0x58, 0x10, 0x00}));        // vmovups with a broadcast
-  EXPECT_FALSE(decodes({0xc5, 0xf0, 0x58, 0xd1}));                    // VEX vaddps
-  EXPECT_TRUE(decodes({0xc5, 0xf4, 0x47, 0xc9}));                     // kxorw k1, k1, k1
+  EXPECT_TRUE(decodes({0x62, 0xf1, 0x74, 0x48, 0x58, 0xd1}));   // vaddps zmm2, zmm1, zmm1
+  EXPECT_FALSE(decodes({0x62, 0xf9, 0x74, 0x48, 0x58, 0xd1}));  // a reserved bit
+  EXPECT_FALSE(decodes({0x62, 0xf1, 0x70, 0x48, 0x58, 0xd1}));  // the fixed bit cleared
+  EXPECT_FALSE(decodes({0x62, 0xf1, 0xf4, 0x48, 0x58, 0xd1}));  // W1: another instruction
+  EXPECT_FALSE(decodes({0x62, 0xf1, 0x74, 0x68, 0x58, 0xd1}));  // vector length 3
+  EXPECT_FALSE(decodes({0x62, 0xf1, 0x74, 0xc8, 0x58, 0xd1}));  // zeroing without a mask
+  EXPECT_FALSE(decodes({0x62, 0xf1, 0x74, 0x48, 0x10, 0x00}));  // vmovups with a second operand
+  EXPECT_FALSE(decodes({0x62, 0xf1, 0x7c, 0x58, 0x10, 0x00}));  // vmovups with a broadcast
+  EXPECT_FALSE(decodes({0xc5, 0xf0, 0x58, 0xd1}));              // VEX vaddps
+  EXPECT_TRUE(decodes({0xc5, 0xf4, 0x47, 0xc9}));               // kxorw k1, k1, k1
 }
 
 }  // namespace

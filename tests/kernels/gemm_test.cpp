@@ -72,8 +72,8 @@ class Gemm : public KernelTest {
       }
     }
     table().gemm(a.row(first), a.ld(), m, w, got.floats(), got.ld(), start != nullptr);
-    EXPECT_TRUE(same_matrix(expected, got)) << "rows " << first << " to " << first + m << ", n " << want.num_columns()
-                                            << ", k " << w.k;
+    EXPECT_TRUE(same_matrix(expected, got))
+        << "rows " << first << " to " << first + m << ", n " << want.num_columns() << ", k " << w.k;
     EXPECT_TRUE(got.guards_are_intact());
   }
 

@@ -81,7 +81,8 @@ testing::AssertionResult same_matrix(const Matrix& want, const Matrix& got) {
   }
   if (num_different == 0) return testing::AssertionSuccess();
   return testing::AssertionFailure() << num_different << " of " << want.num_rows() << " x " << want.num_columns()
-                                     << " differ, first " << first << ", max abs " << max_abs << ", max rel " << max_rel;
+                                     << " differ, first " << first << ", max abs " << max_abs << ", max rel "
+                                     << max_rel;
 }
 
 PackedWeights::PackedWeights(const KernelTable& table, const Matrix& rows, std::int64_t k_padded,

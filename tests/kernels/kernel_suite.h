@@ -4,11 +4,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <ostream>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "kernels/kernel_table.h"
+
+namespace kt::kernels {
+// Found by argument-dependent lookup; keeps addresses out of test output.
+inline void PrintTo(const KernelTable* table, std::ostream* out) { *out << table->name; }
+}  // namespace kt::kernels
 
 namespace kt::test {
 
@@ -20,8 +26,8 @@ struct SuiteConfig {
 };
 const SuiteConfig& suite_config();
 
-// Elements of 2 (bf16) or 4 bytes (float) in rows of `ld`, between canaries, first filled with NaN bits. Starts on an odd
-// element, so that nobody relies on alignment.
+// Elements of 2 (bf16) or 4 bytes (float) in rows of `ld`, between canaries, first filled with NaN bits. Starts on an
+// odd element, so that nobody relies on alignment.
 class Matrix {
  public:
   Matrix(std::int64_t num_rows, std::int64_t num_columns, std::int64_t element_bytes, std::int64_t gap = 0);
@@ -85,8 +91,7 @@ class KernelTest : public testing::TestWithParam<const kernels::KernelTable*> {
 
 std::string table_test_name(const testing::TestParamInfo<const kernels::KernelTable*>& param_info);
 
-#define KT_INSTANTIATE_KERNEL_TESTS(Suite)                                                                \
-  INSTANTIATE_TEST_SUITE_P(Tables, Suite, testing::ValuesIn(kt::test::suite_config().tables), \
-                           kt::test::table_test_name)
+#define KT_INSTANTIATE_KERNEL_TESTS(Suite) \
+  INSTANTIATE_TEST_SUITE_P(Tables, Suite, testing::ValuesIn(kt::test::suite_config().tables), kt::test::table_test_name)
 
 }  // namespace kt::test

@@ -46,8 +46,8 @@ TEST_P(Layout, PackPutsEveryElementInItsPlaceAndZerosElsewhere) {
   expect_packed(31, 33, 64, 1);
   expect_packed(33, 31, 32, 2);
   expect_packed(65, 95, 96, 3);
-  expect_packed(8, 64, 64, 1);    // a LoRA matrix of rank 8
-  expect_packed(40, 7, 32, 4);    // panels without any row
+  expect_packed(8, 64, 64, 1);  // a LoRA matrix of rank 8
+  expect_packed(40, 7, 32, 4);  // panels without any row
   expect_packed(0, 16, 32, 1);
   if (!emulated()) expect_packed(200, 300, 320, 7);
 }

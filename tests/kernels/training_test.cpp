@@ -42,7 +42,8 @@ class Training : public KernelTest {
     }
     table().lora_wgrad(left.floats(), left.ld(), right.data(), right.ld(), scaled ? row_scale.floats() : nullptr, m, r,
                        n, scale, got.floats(), got.ld(), transposed);
-    EXPECT_TRUE(same_matrix(want, got)) << "m " << m << ", r " << r << ", n " << n << (transposed ? ", transposed" : "");
+    EXPECT_TRUE(same_matrix(want, got)) << "m " << m << ", r " << r << ", n " << n
+                                        << (transposed ? ", transposed" : "");
     EXPECT_TRUE(got.guards_are_intact());
     EXPECT_LE(error, 1e-12 * norm);
   }
@@ -92,10 +93,11 @@ TEST_P(Training, LoraGradientsHaveTheBitsOfTheModel) {
   }
 }
 
-// Not bit for bit: torch's own bits depend on whether its build for the CPU at hand fuses multiplications and additions.
+// Not bit for bit: torch's own bits depend on whether its build for the CPU at hand fuses multiplications and
+// additions.
 TEST_P(Training, AdamwComputesWhatTorchDoes) {
-  // torch 2.13 on the CPU, foreach off: three steps, lr 0.01, eps 1e-8, weight_decay 0.1; AdamW with betas (0.9, 0.999),
-  // Adam with (0.4, 0.95), whose first beta makes torch.lerp work from its other end.
+  // torch 2.13 on the CPU, foreach off: three steps, lr 0.01, eps 1e-8, weight_decay 0.1; AdamW with betas (0.9,
+  // 0.999), Adam with (0.4, 0.95), whose first beta makes torch.lerp work from its other end.
   expect_torch(true, 0.9, 0.999, {0x1.f3574cp-1f, -0x1.01ca02p-1f, 0x1.ea2accp-4f, 0x1.200244p-2f, -0x1.fa417p+0f},
                {0x1.eecc02p-7f, 0x1.1815ap-4f, -0x1.9b0ab8p-15f, -0x1.126e94p-4f, 0x1.b089c8p-9f},
                {0x1.255ee2p-13f, 0x1.47d622p-12f, 0x1.685d74p-28f, 0x1.a9ac4p-6f, 0x1.bd219ap-11f});
@@ -118,8 +120,8 @@ TEST_P(Training, AdamwMeetsFp64AndTouchesNothingElse) {
         const double g = double{s.get(0, i)} * double{a.grad_scale} + double{a.l2} * decayed;
         const double new_m = double{m0.get(0, i)} + (g - double{m0.get(0, i)}) * double{a.one_minus_beta1};
         const double new_v = double{a.beta2} * double{v0.get(0, i)} + double{a.one_minus_beta2} * g * g;
-        const double step = double{a.step_size} * new_m /
-                            (std::sqrt(new_v) / double{a.bias_correction2_sqrt} + double{a.eps});
+        const double step =
+            double{a.step_size} * new_m / (std::sqrt(new_v) / double{a.bias_correction2_sqrt} + double{a.eps});
         EXPECT_NEAR(double{m.get(0, i)}, new_m, 1e-6);
         EXPECT_NEAR(double{v.get(0, i)}, new_v, 1e-6 * std::fabs(new_v));
         EXPECT_NEAR(double{p.get(0, i)}, decayed - step, 1e-6 * (std::fabs(decayed) + std::fabs(step)));

@@ -24,7 +24,7 @@ def assert_same_log(actual: Path, expected: Path, tolerance: float) -> None:
     """Trainer logs: [step, key, value]."""
     ours, theirs = load_log(actual), load_log(expected)
     assert [entry[:2] for entry in ours] == [entry[:2] for entry in theirs] and theirs
-    differences = [(abs(a[2] - b[2]), a, b) for a, b in zip(ours, theirs)]
+    differences = [(abs(a[2] - b[2]), a, b) for a, b in zip(ours, theirs, strict=True)]
     worst = max(differences)
     print(f"largest difference of {len(differences)} logged values: {worst[0]:.2e} ({worst[1]}, {worst[2]})")
     assert worst[0] <= tolerance, worst

@@ -1,7 +1,7 @@
 """A daemon on a small checkpoint, and scripts run as users run them: in processes of their own.
 
-    KT_COPROC_BIN   the kt-coproc to test; default: the one installed beside this Python
-    KT_TEST_ALL=1   also the long tests (marked slow)
+KT_COPROC_BIN   the kt-coproc to test; default: the one installed beside this Python
+KT_TEST_ALL=1   also the long tests (marked slow)
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any
 
 import pytest
 
@@ -43,11 +44,17 @@ def coproc_binary() -> str:
     return found
 
 
-def environment(address: Optional[str] = None, **extra: str) -> dict[str, str]:
+def environment(address: str | None = None, **extra: str) -> dict[str, str]:
     """What a script sees. Ranks' spinning OpenMP threads would eat the daemon's cores."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KT_") or k == "KT_TEST_ALL"}
-    kept.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-                GLOO_SOCKET_IFNAME="lo", PYTHONUNBUFFERED="1")  # fmt: skip
+    kept.update(
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="passive",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        GLOO_SOCKET_IFNAME="lo",
+        PYTHONUNBUFFERED="1",
+    )
     if address is not None:
         kept["KT_COPROC"] = address
     kept.update(extra)
@@ -66,8 +73,11 @@ class Daemon:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [coproc_binary(), "run", "--model", str(model), "--socket", str(self.socket), *options],
-                stdout=log, stderr=log, env=environment(), start_new_session=True,
-            )  # fmt: skip
+                stdout=log,
+                stderr=log,
+                env=environment(),
+                start_new_session=True,
+            )
         wait = [coproc_binary(), "wait", "--ready", "--timeout", "120", "--socket", str(self.socket)]
         result = subprocess.run(wait, capture_output=True, text=True, env=environment(), timeout=TIMEOUT)
         assert result.returncode == 0, f"{result.stderr}\n{self.log.read_text()}"
@@ -77,8 +87,13 @@ class Daemon:
         return self.process.pid
 
     def status(self) -> dict[str, Any]:
-        result = subprocess.run([coproc_binary(), "status", "--json", "--socket", str(self.socket)],
-                                capture_output=True, text=True, env=environment(), timeout=TIMEOUT)  # fmt: skip
+        result = subprocess.run(
+            [coproc_binary(), "status", "--json", "--socket", str(self.socket)],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=TIMEOUT,
+        )
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
@@ -101,11 +116,13 @@ class Daemon:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def start_script(script: str, *args: Any, address: Optional[str] = None, prefix: tuple[str, ...] = (),
-                 **extra: str) -> subprocess.Popen[str]:  # fmt: skip
+def start_script(
+    script: str, *args: Any, address: str | None = None, prefix: tuple[str, ...] = (), **extra: str
+) -> subprocess.Popen[str]:
     command = [sys.executable, *prefix, str(SCRIPTS / script), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=environment(address, **extra))  # fmt: skip
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(address, **extra)
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -119,8 +136,9 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def run_script(script: str, *args: Any, address: Optional[str] = None, ranks: int = 1, fails: bool = False,
-               **extra: str) -> str:  # fmt: skip
+def run_script(
+    script: str, *args: Any, address: str | None = None, ranks: int = 1, fails: bool = False, **extra: str
+) -> str:
     """Runs a script; with several ranks through torchrun. Returns its output."""
     prefix: tuple[str, ...] = ()
     if ranks > 1:
@@ -142,8 +160,9 @@ def work() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny(work: Path) -> Path:
     """A Qwen3-MoE checkpoint: 3 layers, 8 experts, top 2, fp32, a tokenizer and docs.json."""
-    subprocess.run([sys.executable, str(HERE / "make_tiny.py"), str(work / "tiny")], check=True, env=environment(),
-                   timeout=TIMEOUT)  # fmt: skip
+    subprocess.run(
+        [sys.executable, str(HERE / "make_tiny.py"), str(work / "tiny")], check=True, env=environment(), timeout=TIMEOUT
+    )
     return work / "tiny"
 
 
@@ -164,7 +183,7 @@ class Runs:
         self._work, self._tiny, self._daemon = work, tiny, daemon
         self._done: dict[tuple[Any, ...], Path] = {}
 
-    def get(self, script: str, *args: Any, remote: bool, ranks: int = 1, daemon: Optional[Daemon] = None) -> Path:
+    def get(self, script: str, *args: Any, remote: bool, ranks: int = 1, daemon: Daemon | None = None) -> Path:
         """The prefix of the files the run wrote."""
         key = (script, args, remote, ranks, daemon.address if daemon else None)
         if key not in self._done:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -32,8 +32,9 @@ def write_tokenizer(directory: str, documents: list[str]) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<pad>", "<s>", "</s>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(documents, trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
@@ -47,11 +48,24 @@ def make_tiny(directory: str, seed: int = 0, dtype: torch.dtype = torch.float32)
     write_tokenizer(directory, write_documents(directory))
     torch.manual_seed(seed)
     config = Qwen3MoeConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
-        norm_topk_prob=True, decoder_sparse_step=1, max_position_embeddings=512, initializer_range=0.1, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        max_position_embeddings=512,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     Qwen3MoeForCausalLM(config).to(dtype).save_pretrained(directory)
 
 
@@ -66,11 +80,20 @@ def make_big(directory: str, shards: int = 4) -> None:
     os.makedirs(directory, exist_ok=True)
     size = _BIG
     Qwen3MoeConfig(
-        vocab_size=size["vocabulary"], hidden_size=size["hidden"], intermediate_size=1024,
-        num_hidden_layers=size["layers"], num_attention_heads=8, num_key_value_heads=4, head_dim=64,
-        num_experts=size["experts"], num_experts_per_tok=4, moe_intermediate_size=size["intermediate"],
-        norm_topk_prob=True, dtype="bfloat16", architectures=["Qwen3MoeForCausalLM"],
-    ).save_pretrained(directory)  # fmt: skip
+        vocab_size=size["vocabulary"],
+        hidden_size=size["hidden"],
+        intermediate_size=1024,
+        num_hidden_layers=size["layers"],
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=size["experts"],
+        num_experts_per_tok=4,
+        moe_intermediate_size=size["intermediate"],
+        norm_topk_prob=True,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(directory)
     where: dict[str, str] = {}
     for shard in range(shards):
         tensors = dict(_big_outside()) if shard == 0 else {}
@@ -104,7 +127,11 @@ def _big_layer(layer: int) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{prefix}{name}.weight", torch.ones(hidden).bfloat16()
     yield prefix + "mlp.gate.weight", _random(_BIG["experts"], hidden)
     for expert in range(_BIG["experts"]):
-        for name, shape in (("gate", (intermediate, hidden)), ("up", (intermediate, hidden)), ("down", (hidden, intermediate))):
+        for name, shape in (
+            ("gate", (intermediate, hidden)),
+            ("up", (intermediate, hidden)),
+            ("down", (hidden, intermediate)),
+        ):
             yield f"{prefix}mlp.experts.{expert}.{name}_proj.weight", _random(*shape)
 
 

@@ -12,8 +12,17 @@ SAVE = ("--save", 10)
 
 
 def resume(runs: Runs, tiny: Path, saved_by: Path, out: Path, daemon: Daemon | None, ranks: int = 1) -> None:
-    run_script(TRAINER, "--model", tiny, "--out", out, "--resume", f"{saved_by}.trainer/checkpoint-10",
-               address=daemon.address if daemon else None, ranks=ranks)  # fmt: skip
+    run_script(
+        TRAINER,
+        "--model",
+        tiny,
+        "--out",
+        out,
+        "--resume",
+        f"{saved_by}.trainer/checkpoint-10",
+        address=daemon.address if daemon else None,
+        ranks=ranks,
+    )
 
 
 def test_resumed_run_is_bit_for_bit_the_straight_one_in_a_new_job_on_the_same_daemon(
@@ -62,7 +71,8 @@ def test_checkpoint_of_ours_has_the_files_and_tensors_of_plain_peft(runs: Runs) 
     shapes = []
     for directory in (ours, theirs):
         with safe_open(directory / "adapter_model.safetensors", "pt") as file:
-            shapes.append({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})
+            names = file.keys()  # Not a mapping.
+            shapes.append({name: tuple(file.get_slice(name).get_shape()) for name in names})
     assert shapes[0] == shapes[1] and any("experts" in key for key in shapes[0])
     states = [torch.load(directory / "optimizer.pt") for directory in (ours, theirs)]
     assert states[0]["state"].keys() == states[1]["state"].keys()
@@ -70,5 +80,3 @@ def test_checkpoint_of_ours_has_the_files_and_tensors_of_plain_peft(runs: Runs) 
         mine = states[0]["state"][number]
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in plain.items()}
         assert float(mine["step"]) == float(plain["step"]) == 10
-
-

@@ -55,7 +55,7 @@ def test_loop_with_two_ranks_unequal_tokens_and_a_rank_without_any(runs: Runs) -
     for rank in range(2):
         a, b = load_log(f"{ours}.{rank}.json"), load_log(f"{theirs}.{rank}.json")
         assert len(a) == len(b) == 6
-        for step, (mine, plain) in enumerate(zip(a, b)):
+        for step, (mine, plain) in enumerate(zip(a, b, strict=True)):
             assert mine == pytest.approx(plain, abs=2e-5, rel=1e-5), f"rank {rank}, step {step}: loss, gradient norm"
         assert_same_tensors(f"{ours}.{rank}.pt", f"{theirs}.{rank}.pt", 1e-4)
 
@@ -93,7 +93,7 @@ def test_bf16_losses_deviate_no_more_than_those_of_plain_bf16(runs: Runs, tiny, 
     exact = load_log(runs.get(TRAINER, *SAVE, remote=False).with_suffix(".json"))
 
     def deviation(log: list) -> float:
-        pairs = [(a[2], b[2]) for a, b in zip(log, exact) if a[1] == b[1] == "loss"]
+        pairs = [(a[2], b[2]) for a, b in zip(log, exact, strict=True) if a[1] == b[1] == "loss"]
         assert len(pairs) == 20
         return (sum((a - b) ** 2 for a, b in pairs) / len(pairs)) ** 0.5
 

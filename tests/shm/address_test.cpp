@@ -84,8 +84,8 @@ TEST_F(Address, an_invalid_value_is_a_usage_error_that_quotes_it) {
 }
 
 TEST_F(Address, a_path_over_107_bytes_is_a_usage_error_with_both_numbers) {
-  for (const auto& refused : {resolve_socket_path("unix:" + path_of_length(108)).error(),
-                              connect_daemon(path_of_length(108)).error()}) {
+  for (const auto& refused :
+       {resolve_socket_path("unix:" + path_of_length(108)).error(), connect_daemon(path_of_length(108)).error()}) {
     EXPECT_EQ(refused.code, ErrorCode::kUsage);
     EXPECT_NE(refused.why.find("108"), std::string::npos) << refused.text();
     EXPECT_NE(refused.why.find("107"), std::string::npos) << refused.text();

@@ -101,8 +101,19 @@ TEST_F(Control, what_was_sent_before_closing_still_arrives) {
 }
 
 TEST_F(Control, malformed_packets_are_refused) {
-  const std::string bad[] = {"x", "{", "[]", "3", "null", "\"op\"", "{}", "{\"op\":3}", "{\"ok\":1}", "{\"op\":null}",
-                             std::string("{\"op\":\"a\"}\0", 11), "{\"op\":\"\xFF\"}", std::string(4096, '['),
+  const std::string bad[] = {"x",
+                             "{",
+                             "[]",
+                             "3",
+                             "null",
+                             "\"op\"",
+                             "{}",
+                             "{\"op\":3}",
+                             "{\"ok\":1}",
+                             "{\"op\":null}",
+                             std::string("{\"op\":\"a\"}\0", 11),
+                             "{\"op\":\"\xFF\"}",
+                             std::string(4096, '['),
                              "{\"op\":\"a\"}{\"op\":\"b\"}"};
   for (const std::string& bytes : bad) {
     send_raw(bytes);
@@ -171,9 +182,10 @@ TEST_F(Control, a_refusal_comes_back_as_the_error_it_was) {
 }
 
 TEST_F(Control, a_reply_that_is_none_is_an_error) {
-  for (const json& bad : {json{{"op", "hello"}}, json{{"ok", false}}, json{{"ok", false}, {"error", "text"}},
-                          json{{"ok", false}, {"error", {{"code", "x"}}}}, json{{"ok", false}, {"error", {{"code", 0}}}},
-                          json{{"ok", false}, {"error", {{"code", -3}}}}}) {
+  for (const json& bad :
+       {json{{"op", "hello"}}, json{{"ok", false}}, json{{"ok", false}, {"error", "text"}},
+        json{{"ok", false}, {"error", {{"code", "x"}}}}, json{{"ok", false}, {"error", {{"code", 0}}}},
+        json{{"ok", false}, {"error", {{"code", -3}}}}}) {
     ASSERT_TRUE(send_packet(there_.get(), bad).ok());
     const auto reply = call(here_.get(), {{"op", "hello"}}, kPatience);
     ASSERT_FALSE(reply.ok()) << bad;
@@ -207,10 +219,17 @@ TEST_F(Control, random_packets_never_break_the_receiver_nor_leak_descriptors) {
     for (std::uint32_t edits = random() % 4; edits > 0 && !bytes.empty(); --edits) {
       const std::size_t at = random() % bytes.size();
       switch (random() % 4) {
-        case 0: bytes[at] = static_cast<char>(random()); break;
-        case 1: bytes.erase(at, random() % 8); break;
-        case 2: bytes.insert(at, valid.substr(random() % valid.size())); break;
-        default: bytes.insert(at, random() % 3000, "[{\"0,:"[random() % 6]);
+        case 0:
+          bytes[at] = static_cast<char>(random());
+          break;
+        case 1:
+          bytes.erase(at, random() % 8);
+          break;
+        case 2:
+          bytes.insert(at, valid.substr(random() % valid.size()));
+          break;
+        default:
+          bytes.insert(at, random() % 3000, "[{\"0,:"[random() % 6]);
       }
     }
     if (bytes.empty()) bytes = "x";

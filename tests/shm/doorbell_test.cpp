@@ -8,8 +8,8 @@
 
 #include <chrono>
 #include <deque>
-#include <mutex>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -81,8 +81,7 @@ TEST(Doorbell, a_full_counter_still_rings_and_does_not_block_the_rank) {
 
 // A session as the fake daemon sees it.
 struct FakeSession {
-  FakeSession()
-      : segment(make_segment()), doorbell(std::move(create_doorbell()).value()), ring(segment) {}
+  FakeSession() : segment(make_segment()), doorbell(std::move(create_doorbell()).value()), ring(segment) {}
   Segment segment;
   UniqueFd doorbell;
   DaemonRing ring;
@@ -112,7 +111,8 @@ class FakeDaemon {
   static std::uint64_t answer_all(FakeSession& session) {
     std::uint64_t num_answered = 0;
     while (const auto received = session.ring.try_receive()) {
-      auto* const payload = reinterpret_cast<std::uint32_t*>(session.segment.arena() + received->request.payload_offset);
+      auto* const payload =
+          reinterpret_cast<std::uint32_t*>(session.segment.arena() + received->request.payload_offset);
       double sum = 0;
       for (std::uint32_t i = 0; i < received->request.num_tokens; ++i) {
         sum += payload[i];

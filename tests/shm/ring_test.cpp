@@ -1,7 +1,6 @@
 #include "shm/ring.h"
 
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "tests/shm/shm_test.h"
@@ -13,9 +12,6 @@ using testing::make_reply;
 using testing::make_request;
 using testing::make_segment;
 using testing::make_segment_after;
-using testing::Watchdog;
-
-constexpr std::uint64_t kForever = ~std::uint64_t{0};
 
 // One round trip through both ends, in one thread.
 void round_trip(RankRing& rank, DaemonRing& daemon, std::uint64_t act_id) {
@@ -359,70 +355,6 @@ TEST_F(RingMessage, a_message_longer_than_its_place_is_read_only_as_far_as_the_p
   reply.message_bytes = ~0u;
   EXPECT_EQ(rank_.message(1, reply).size(), kMessageBytes);
   EXPECT_EQ(rank_.message(kNumSlots, reply).size(), kMessageBytes);
-}
-
-TEST(RingWait, ends_by_its_timeout_when_no_reply_comes) {
-  const Watchdog watchdog;
-  const Segment segment = make_segment();
-  RankRing rank(segment);
-  const auto sequence = rank.try_submit(make_request(1));
-  EXPECT_FALSE(rank.wait_done(*sequence, 0, 0));
-  EXPECT_FALSE(rank.wait_done(*sequence, 1'000, 2'000'000));
-  EXPECT_FALSE(rank.wait_done(*sequence, kForever, 2'000'000)) << "spinning ends by the timeout, too";
-}
-
-TEST(RingWait, several_threads_sleeping_on_one_request_all_wake) {
-  const Watchdog watchdog;
-  const Segment segment = make_segment();
-  RankRing rank(segment);
-  DaemonRing daemon(segment);
-  const auto sequence = rank.try_submit(make_request(1));
-  std::vector<std::thread> waiters;
-  for (int i = 0; i < 3; ++i) waiters.emplace_back([&] { EXPECT_TRUE(rank.wait_done(*sequence, 0, kForever)); });
-  while (segment.slot(0).reply.waiting.load() == 0) std::this_thread::yield();
-  ASSERT_TRUE(daemon.try_receive().has_value());
-  daemon.reply(*sequence, Reply{});
-  for (std::thread& waiter : waiters) waiter.join();
-}
-
-TEST(RingWait, a_waiter_that_was_overtaken_by_a_lap_ends) {
-  const Watchdog watchdog;
-  const Segment segment = make_segment_after(1000);
-  const RankRing rank(segment);
-  EXPECT_TRUE(rank.wait_done(1000, 0, kForever));
-  EXPECT_TRUE(rank.wait_done(1000 - kNumSlots, 0, kForever));
-  EXPECT_FALSE(rank.try_reply(1000 - kNumSlots).has_value()) << "its reply is gone";
-}
-
-TEST(RingWait, the_watchdog_releases_sleepers_of_today_and_of_later) {
-  const Watchdog watchdog;
-  for (int round = 0; round < 20; ++round) {
-    const Segment segment = make_segment();
-    RankRing rank(segment);
-    std::vector<std::thread> waiters;
-    for (std::uint64_t i = 1; i <= 3; ++i) {
-      ASSERT_EQ(rank.try_submit(make_request(i)), i);
-      waiters.emplace_back([&rank, i] { EXPECT_FALSE(rank.wait_done(i, 0, kForever)); });
-    }
-    if (round % 2 == 0) {
-      while (segment.slot(0).reply.waiting.load() == 0) std::this_thread::yield();
-    }
-    rank.wake_all_waiters();
-    for (std::thread& waiter : waiters) waiter.join();
-    EXPECT_FALSE(rank.wait_done(1, 0, kForever));
-  }
-}
-
-TEST(RingWait, a_request_that_was_done_counts_as_done_also_after_the_release) {
-  const Watchdog watchdog;
-  const Segment segment = make_segment();
-  RankRing rank(segment);
-  DaemonRing daemon(segment);
-  const auto sequence = rank.try_submit(make_request(1));
-  ASSERT_TRUE(daemon.try_receive().has_value());
-  daemon.reply(*sequence, Reply{});
-  rank.wake_all_waiters();
-  EXPECT_TRUE(rank.wait_done(*sequence, 0, kForever));
 }
 
 }  // namespace

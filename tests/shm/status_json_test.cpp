@@ -95,7 +95,8 @@ class StatusJson : public ::testing::Test {
 TEST_F(StatusJson, a_fresh_page_is_a_daemon_that_loads_and_knows_nothing) {
   const json status = status_json(owner_.page());
   expect_no_null(status);
-  EXPECT_EQ(keys(status), (Keys{"schema", "state", "load", "model", "memory_bytes", "jobs", "ranks", "rates", "totals"}));
+  EXPECT_EQ(keys(status),
+            (Keys{"schema", "state", "load", "model", "memory_bytes", "jobs", "ranks", "rates", "totals"}));
   EXPECT_EQ(status["schema"], 1);
   EXPECT_EQ(status["state"], "loading");
   EXPECT_EQ(status["model"], json::object());
@@ -122,8 +123,8 @@ TEST_F(StatusJson, a_daemon_at_work_has_exactly_the_keys_of_the_contract) {
                                          "hidden_size", "intermediate_size", "weight_format"}));
   EXPECT_EQ(keys(status["memory_bytes"]),
             (Keys{"weights", "adapters", "gradients", "optimizer", "activations", "arenas"}));
-  EXPECT_EQ(keys(status["rates"]), (Keys{"forward_tokens_per_second", "backward_tokens_per_second", "worker_busy_ratio",
-                                         "tokens_per_batch"}));
+  EXPECT_EQ(keys(status["rates"]),
+            (Keys{"forward_tokens_per_second", "backward_tokens_per_second", "worker_busy_ratio", "tokens_per_batch"}));
   EXPECT_EQ(keys(status["totals"]),
             (Keys{"forward_requests", "backward_requests", "fetch_requests", "forward_layer_tokens",
                   "backward_layer_tokens", "steps", "batches", "errors", "sessions_attached", "sessions_rejected"}));

@@ -11,9 +11,9 @@ namespace {
 TEST(Text, a_cut_never_splits_a_character) {
   EXPECT_EQ(cut_utf8("abc", 8), "abc");
   EXPECT_EQ(cut_utf8("abc", 2), "ab");
-  EXPECT_EQ(cut_utf8("aé", 2), "a");    // é has 2 bytes,
+  EXPECT_EQ(cut_utf8("aé", 2), "a");  // é has 2 bytes,
   EXPECT_EQ(cut_utf8("aé", 3), "aé");
-  EXPECT_EQ(cut_utf8("€€", 5), "€");    // € has 3,
+  EXPECT_EQ(cut_utf8("€€", 5), "€");  // € has 3,
   EXPECT_EQ(cut_utf8("😀😀", 7), "😀");  // 😀 has 4.
   EXPECT_EQ(cut_utf8("abc", 0), "");
   EXPECT_EQ(cut_utf8("\x80\x80\x80", 2), "");
@@ -26,12 +26,14 @@ TEST(Text, valid_text_is_left_alone) {
 
 TEST(Text, every_invalid_byte_becomes_a_replacement_character) {
   const std::string mark = "\xEF\xBF\xBD";
-  EXPECT_EQ(valid_utf8("a\xFF" "b"), "a" + mark + "b");
-  EXPECT_EQ(valid_utf8("\xC0\x80"), mark + mark);              // Overlong.
-  EXPECT_EQ(valid_utf8("\xE0\x80\x80"), mark + mark + mark);   // Overlong.
-  EXPECT_EQ(valid_utf8("\xED\xA0\x80"), mark + mark + mark);   // Surrogate.
+  EXPECT_EQ(valid_utf8("a\xFF"
+                       "b"),
+            "a" + mark + "b");
+  EXPECT_EQ(valid_utf8("\xC0\x80"), mark + mark);                        // Overlong.
+  EXPECT_EQ(valid_utf8("\xE0\x80\x80"), mark + mark + mark);             // Overlong.
+  EXPECT_EQ(valid_utf8("\xED\xA0\x80"), mark + mark + mark);             // Surrogate.
   EXPECT_EQ(valid_utf8("\xF4\x90\x80\x80"), mark + mark + mark + mark);  // Above U+10FFFF.
-  EXPECT_EQ(valid_utf8("\xE2\x82"), mark + mark);              // Ends too early.
+  EXPECT_EQ(valid_utf8("\xE2\x82"), mark + mark);                        // Ends too early.
 }
 
 TEST(Text, control_characters_become_spaces) { EXPECT_EQ(one_line("a\nb\tc\x7F\x01 é"), "a b c   é"); }

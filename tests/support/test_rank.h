@@ -1,6 +1,7 @@
 // A rank for tests: the rank's end of one session, without the client library. One thread at a time.
 //
-//   send() claims payload space, fills it, publishes and rings; finish() waits, copies the results out and frees the slot.
+//   send() claims payload space, fills it, publishes and rings; finish() waits, copies the results out and frees the
+//   slot.
 #pragma once
 #include <cstddef>
 #include <cstdint>

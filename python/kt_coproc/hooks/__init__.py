@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import Callable
 
 from . import accelerate_hooks, peft_hooks, torch_hooks, transformers_hooks
 

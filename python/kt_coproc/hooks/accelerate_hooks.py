@@ -57,8 +57,11 @@ def _refuse(engine: str) -> Any:
     def make(original: Function) -> Function:
         def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
             if any(isinstance(arg, nn.Module) and remote_modules(arg) for arg in args):
-                raise errors.refusal(f"{engine} is not supported with experts in the co-process",
-                                     "it partitions and steps parameters by itself", "use DDP or FSDP2")  # fmt: skip
+                raise errors.refusal(
+                    f"{engine} is not supported with experts in the co-process",
+                    "it partitions and steps parameters by itself",
+                    "use DDP or FSDP2",
+                )
             return original(self, *args, **kwargs)
 
         return prepare

@@ -4,7 +4,7 @@ their values go to the daemon. Saving, loading, naming, switching and disabling 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def patch_tuners(tuners_utils: ModuleType) -> None:
     wrap(tuners_utils.BaseTuner, "inject_adapter", _inject_adapter)
 
 
-def _experts_of(wrapper: Any) -> Optional[RemoteExperts]:
+def _experts_of(wrapper: Any) -> RemoteExperts | None:
     base = wrapper.get_base_layer()
     return base if isinstance(base, RemoteExperts) else None
 
@@ -48,7 +48,7 @@ def _update_layer(original: Function) -> Function:
         adapter = experts._kt_binding.adapter_for(adapter_name, layer, half)
         for side, linears in ((SIDE_A, self.lora_A), (SIDE_B, self.lora_B)):
 
-            def tensor_of(shape: torch.Size, values: Optional[torch.Tensor], side: str = side) -> Any:
+            def tensor_of(shape: torch.Size, values: torch.Tensor | None, side: str = side) -> Any:
                 return adapter.add(layer, half, side, spec, shape, values)
 
             remote.take_over(linears[adapter_name], tensor_of)
@@ -118,21 +118,27 @@ def _checked(name: str, wrappers: dict[str, Any], experts: RemoteExperts) -> tup
     tensors = [remote.lora_tensor(weight) for weight in weights]
     adapters = {tensor.adapter for tensor in tensors if tensor is not None}
     if len(adapters) != 1 or None in tensors:
-        raise errors.refusal(f"adapter {name!r} of layer {experts._kt_layer} is not one adapter of the co-process",
-                             "its tensors come from different adapters, or were replaced",
-                             "add the adapter anew under another name")  # fmt: skip
+        raise errors.refusal(
+            f"adapter {name!r} of layer {experts._kt_layer} is not one adapter of the co-process",
+            "its tensors come from different adapters, or were replaced",
+            "add the adapter anew under another name",
+        )
     adapter = adapters.pop()
     expected = adapter.specs[experts._kt_layer]
     for parameter_name, wrapper in wrappers.items():
         spec = expected[PARAMETER_NAMES[parameter_name]]
         if float(wrapper.scaling[name]) != spec.scaling:
-            raise errors.refusal(f"the scaling of adapter {name!r} on {parameter_name} was changed",
-                                 f"from {spec.scaling} to {wrapper.scaling[name]}; the co-process has the first",
-                                 "choose lora_alpha in LoraConfig")  # fmt: skip
+            raise errors.refusal(
+                f"the scaling of adapter {name!r} on {parameter_name} was changed",
+                f"from {spec.scaling} to {wrapper.scaling[name]}; the co-process has the first",
+                "choose lora_alpha in LoraConfig",
+            )
     if len(wrappers) != len(expected):
-        raise errors.refusal(f"adapter {name!r} is active on one of gate_up_proj and down_proj only",
-                             "the co-process applies an adapter to a layer as a whole",
-                             "activate and disable adapters through the model")  # fmt: skip
+        raise errors.refusal(
+            f"adapter {name!r} is active on one of gate_up_proj and down_proj only",
+            "the co-process applies an adapter to a layer as a whole",
+            "activate and disable adapters through the model",
+        )
     return adapter, any(weight.requires_grad for weight in weights)
 
 
@@ -151,10 +157,13 @@ def _refuse(original: Function) -> Function:
 
 def _delete_adapter(original: Function) -> Function:
     def delete_adapter(self: Any, adapter_name: str) -> None:
-        original(self, adapter_name)
         experts = _experts_of(self)
-        if experts is not None:
-            experts._kt_binding.adapters.pop(adapter_name, None)
-            experts._kt_binding.client.connection.collect()
+        adapter = experts._kt_binding.adapters.get(adapter_name) if experts is not None else None
+        connection = adapter.connection if adapter is not None else None
+        number = adapter.id if adapter is not None else None
+        del adapter  # It must be able to go.
+        original(self, adapter_name)
+        if connection is not None and number is not None:
+            connection.delete(number)
 
     return delete_adapter

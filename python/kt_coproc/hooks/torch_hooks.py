@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Any, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from .patching import Function, wrap
 def patch() -> None:
     """Called as the last lines of `import torch` (see _autoload)."""
     import torch.nn.parallel.distributed as ddp
+    import torch.optim.swa_utils
     import torch.utils.checkpoint as checkpointing
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -40,11 +42,14 @@ def patch() -> None:
     # the ranks has no hook.
     wrap(ddp.DistributedDataParallel, "__init__", _ddp_init)
     wrap(nn.DataParallel, "__init__", _refuse_wrapper("nn.DataParallel", "DistributedDataParallel"))
+    # Averages every parameter, frozen ones too.
+    wrap(torch.optim.swa_utils.AveragedModel, "update_parameters", _update_parameters)
     wrap(torch.amp.GradScaler, "step", _scaler("step"))
     wrap(torch.amp.GradScaler, "unscale_", _scaler("unscale_"))
 
 
-# ------------------------------------------------------------------------------------------------------------ optimizers
+# ------------------------------------------------------------------------------------------------------------
+# optimizers
 def _add_param_group(original: Function) -> Function:
     def add_param_group(self: Optimizer, param_group: dict[str, Any]) -> None:
         original(self, param_group)
@@ -57,9 +62,13 @@ def _add_param_group(original: Function) -> Function:
 
 
 def _wrap_overrides(cls: type) -> None:
-    """An optimizer class that has its own version of a wrapped method (bitsandbytes) is wrapped when it is first used."""
-    makers = {"zero_grad": _optimizer_zero_grad, "state_dict": _optimizer_state_dict,
-              "load_state_dict": _optimizer_load_state_dict}  # fmt: skip
+    """An optimizer class that has its own version of a wrapped method (bitsandbytes) is wrapped when it is first
+    used."""
+    makers = {
+        "zero_grad": _optimizer_zero_grad,
+        "state_dict": _optimizer_state_dict,
+        "load_state_dict": _optimizer_load_state_dict,
+    }
     for base in cls.__mro__:
         if base is Optimizer:
             return
@@ -99,14 +108,24 @@ def _optimizer_load_state_dict(original: Function) -> Function:
     return load_state_dict
 
 
+def _update_parameters(original: Function) -> Function:
+    def update_parameters(self: nn.Module, model: nn.Module) -> None:
+        with experts.without_base_weights(self, model):
+            original(self, model)
+
+    return update_parameters
+
+
 def _scaler(name: str) -> Any:
     def make(original: Function) -> Function:
         def refuse(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             groups = getattr(optimizer, "param_groups", [])
             if self.is_enabled() and any(remote.lora_tensor(p) for group in groups for p in group["params"]):
-                raise refusal(f"GradScaler.{name} refused",
-                              "gradients of expert adapters are in the co-process, which knows no loss scale",
-                              "train in bf16, which needs no loss scaling (TrainingArguments(bf16=True))")  # fmt: skip
+                raise refusal(
+                    f"GradScaler.{name} refused",
+                    "gradients of expert adapters are in the co-process, which knows no loss scale",
+                    "train in bf16, which needs no loss scaling (TrainingArguments(bf16=True))",
+                )
             return original(self, optimizer, *args, **kwargs)
 
         return refuse
@@ -114,7 +133,8 @@ def _scaler(name: str) -> Any:
     return make
 
 
-# -------------------------------------------------------------------------------------------------------------- clipping
+# --------------------------------------------------------------------------------------------------------------
+# clipping
 def _patch_clipping() -> None:
     import torch.nn.utils as utils
     import torch.nn.utils.clip_grad as clip_grad
@@ -136,9 +156,9 @@ def _patch_clipping() -> None:
 
         return make
 
-    # clip_grad_norm_ is bound under two names. The functions with a total norm that somebody else computed (get_total_norm
-    # sees gradients, never parameters) would leave the experts out: they are refused, also below a clip_grad_norm_ that a
-    # script imported by name before we came.
+    # clip_grad_norm_ is bound under two names. The functions with a total norm that somebody else computed
+    # (get_total_norm sees gradients, never parameters) would leave the experts out: they are refused, also below a
+    # clip_grad_norm_ that a script imported by name before we came.
     wrap(clip_grad, "_clip_grads_with_norm_", refuse("clipping"))
     wrap(clip_grad, "clip_grad_norm_", clip_norm)
     wrap(clip_grad, "clip_grad_value_", refuse("clip_grad_value_"))
@@ -214,9 +234,11 @@ def _refuse_wrapper(name: str, instead: str) -> Any:
     def make(original: Function) -> Function:
         def __init__(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
             if experts.remote_modules(module):
-                raise refusal(f"{name} cannot wrap a model whose experts are in the co-process",
-                              "it copies or flattens parameters that have no storage in this process",
-                              f"use {instead}")  # fmt: skip
+                raise refusal(
+                    f"{name} cannot wrap a model whose experts are in the co-process",
+                    "it copies or flattens parameters that have no storage in this process",
+                    f"use {instead}",
+                )
             original(self, module, *args, **kwargs)
 
         return __init__
@@ -225,7 +247,8 @@ def _refuse_wrapper(name: str, instead: str) -> Any:
 
 
 def patch_fsdp(fsdp: ModuleType) -> None:
-    """FSDP2 leaves remote parameters out (its own ignored_params), and joins the ranks of its mesh; FSDP1 is refused."""
+    """FSDP2 leaves remote parameters out (its own ignored_params), and joins the ranks of its mesh; FSDP1 is
+    refused."""
 
     def make(original: Function) -> Function:
         def fully_shard(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,8 +262,11 @@ def patch_fsdp(fsdp: ModuleType) -> None:
         return fully_shard
 
     wrap(fsdp, "fully_shard", make)
-    wrap(fsdp.FullyShardedDataParallel, "__init__",
-         _refuse_wrapper("FullyShardedDataParallel (FSDP1)", "FSDP2 (fully_shard) or DDP"))  # fmt: skip
+    wrap(
+        fsdp.FullyShardedDataParallel,
+        "__init__",
+        _refuse_wrapper("FullyShardedDataParallel (FSDP1)", "FSDP2 (fully_shard) or DDP"),
+    )
 
 
 def _mesh_group(mesh: Any) -> Any:
@@ -251,8 +277,8 @@ def _mesh_group(mesh: Any) -> Any:
 
 
 def patch_distributed_checkpoint(state_dict: ModuleType) -> None:
-    """torch makes an optimizer's state exist by stepping it with zero gradients and lr 0. In the daemon that would count
-    as a step: the remote parameters are out of sight for its duration."""
+    """torch makes an optimizer's state exist by stepping it with zero gradients and lr 0. In the daemon that would
+    count as a step: the remote parameters are out of sight for its duration."""
 
     def make(original: Function) -> Function:
         def _init_optim_state(optim: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -263,7 +289,7 @@ def patch_distributed_checkpoint(state_dict: ModuleType) -> None:
                 with training.without_steps():
                     return original(optim, *args, **kwargs)
             finally:
-                for group, parameters in zip(optim.param_groups, kept):
+                for group, parameters in zip(optim.param_groups, kept, strict=True):
                     group["params"] = parameters
 
         return _init_optim_state

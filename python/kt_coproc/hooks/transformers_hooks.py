@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from types import ModuleType, TracebackType
-from typing import Any, Optional
+from typing import Any
 
 from torch import nn
 
@@ -24,10 +24,13 @@ class _Loading:
     """One call of from_pretrained. They nest: composite models, adapters that load their base model."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self.files: Optional[list[str]] = None
-        self.parallel = [name for name in ("tp_plan", "tp_size", "distributed_config", "device_mesh")
-                         if arguments.get(name) is not None]  # fmt: skip
-        self._binding: Optional[Binding] = None
+        self.files: list[str] | None = None
+        self.parallel = [
+            name
+            for name in ("tp_plan", "tp_size", "distributed_config", "device_mesh")
+            if arguments.get(name) is not None
+        ]
+        self._binding: Binding | None = None
         self._plain = False
 
     def __enter__(self) -> _Loading:
@@ -36,7 +39,7 @@ class _Loading:
         return self
 
     def __exit__(
-        self, kind: Optional[type[BaseException]], error: Optional[BaseException], traceback: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _local.loading = self._outer
 
@@ -51,9 +54,11 @@ class _Loading:
         if self._binding is None:
             client = default_client()
             if self.parallel:
-                raise errors.refusal("tensor and pipeline parallelism are not supported with experts in the co-process",
-                                     f"from_pretrained was given {', '.join(self.parallel)}",
-                                     "use data parallelism: DDP or FSDP2")  # fmt: skip
+                raise errors.refusal(
+                    "tensor and pipeline parallelism are not supported with experts in the co-process",
+                    f"from_pretrained was given {', '.join(self.parallel)}",
+                    "use data parallelism: DDP or FSDP2",
+                )
             directory = os.path.dirname(self.files[0]) if self.files else ""
             try:
                 api.require_same_model(client, type(model).__name__, directory, self.files)
@@ -96,7 +101,7 @@ def _from_pretrained(original: Function) -> Function:
 def _resolved(original: Function) -> Function:
     def _get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        loading: Optional[_Loading] = getattr(_local, "loading", None)
+        loading: _Loading | None = getattr(_local, "loading", None)
         if loading is not None:
             files = [str(file) for file in result[0] or ()]
             loading.files = files if all(file.endswith(".safetensors") for file in files) else []
@@ -107,12 +112,14 @@ def _resolved(original: Function) -> Function:
 
 def _post_init(original: Function) -> Function:
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
-        loading: Optional[_Loading] = getattr(_local, "loading", None)
+        loading: _Loading | None = getattr(_local, "loading", None)
         if loading is not None:
             loading.swap(self)
         original(self, *args, **kwargs)
         if experts.remote_modules(self):
-            self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | {_EXPERT_KEYS}
+            self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | {
+                _EXPERT_KEYS
+            }
 
     return post_init
 

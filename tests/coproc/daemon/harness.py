@@ -40,8 +40,8 @@ class Control:
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.connect(str(path))  # Before the timeout, which would make a full backlog an error.
         self.socket.settimeout(WATCHDOG_SECONDS)
-        self.socket.connect(str(path))
         self.descriptors = []
 
     def send(self, packet, descriptors=()):

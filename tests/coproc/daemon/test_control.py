@@ -35,11 +35,11 @@ MALFORMED_IN_A_SESSION = [
     {**JOIN, "timeout_seconds": "1"}, {"op": "stop", "drain": 1},
 ]
 REFUSED_IN_A_SESSION = [
-    {**CREATE, "adapter": 0}, {**CREATE, "layers": []}, {**CREATE, "layers": [1, 0]}, {**CREATE, "layers": [0, 0]},
+    {**CREATE, "adapter": 0}, {**CREATE, "layers": []}, {**CREATE, "layers": [0, 0]},
     {**CREATE, "layers": [99]}, {**CREATE, "layers": [2**32 - 1]}, {**CREATE, "gate_up": {**HALF, "r": 100000}},
     {"op": "adapter_delete", "adapter": 5}, {**JOIN, "job_id": ""}, {**JOIN, "job_id": "x" * 64},
     {**JOIN, "members": []}, {**JOIN, "members": [1]}, {**JOIN, "members": [0, 0]}, {**JOIN, "members": [0, 1]},
-    {**JOIN, "world_size": 0}, {**JOIN, "world_size": 400, "members": list(range(300))},
+    {**JOIN, "world_size": 0},
 ]
 
 

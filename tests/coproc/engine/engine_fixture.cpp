@@ -95,6 +95,7 @@ Host::Host(std::uint32_t element_bytes, EngineOptions options)
   engine_->set_on_session_ended([this](std::uint32_t session_id, const Error& error) {
     const std::lock_guard lock(mutex_);
     broken_.emplace_back(session_id, error);
+    if (when_broken_) when_broken_();
   });
   thread_ = std::thread([this] { engine_->run(); });
 }
@@ -112,13 +113,12 @@ std::unique_ptr<Rank> Host::open(const std::string& name) {
   auto segment = shm::Segment::create(++num_sessions_, shm::kArenaBytesMin);
   auto doorbell = shm::create_doorbell();
   if (!segment.ok() || !doorbell.ok()) throw std::runtime_error("no segment or doorbell");
-  auto rank = std::make_unique<Rank>(UniqueFd(::dup(segment.value().fd())), UniqueFd(::dup(doorbell.value().get())),
-                                     shape());
+  auto rank =
+      std::make_unique<Rank>(UniqueFd(::dup(segment.value().fd())), UniqueFd(::dup(doorbell.value().get())), shape());
   rank->session_id = num_sessions_;
   auto [answer, call] = answer_slot();
-  engine_->open_session({num_sessions_, 1000 + num_sessions_, name, std::move(segment).value(),
-                         std::move(doorbell).value()},
-                        answer);
+  engine_->open_session(
+      {num_sessions_, 1000 + num_sessions_, name, std::move(segment).value(), std::move(doorbell).value()}, answer);
   if (const std::string error = error_of(get(std::move(call))); !error.empty()) throw std::runtime_error(error);
   return rank;
 }
@@ -179,6 +179,11 @@ Host::Pause::Pause(Host& host) {
 std::vector<std::pair<std::uint32_t, Error>> Host::broken() {
   const std::lock_guard lock(mutex_);
   return broken_;
+}
+
+void Host::when_broken(std::function<void()> action) {
+  const std::lock_guard lock(mutex_);
+  when_broken_ = std::move(action);
 }
 
 std::vector<std::unique_ptr<Rank>> Host::open_job(std::uint32_t count, const std::string& job_id, std::uint32_t seed,
@@ -312,9 +317,8 @@ double Oracle::squared_norm() {
 
 std::vector<float> Oracle::read(TensorKind kind, std::uint32_t layer, AdapterTensor tensor) const {
   const auto shape = adapter_.shape(layer, tensor);
-  std::vector<float> values(kind == TensorKind::kT
-                                ? 1
-                                : dims_.num_experts * static_cast<std::size_t>(shape->rows * shape->cols));
+  std::vector<float> values(
+      kind == TensorKind::kT ? 1 : dims_.num_experts * static_cast<std::size_t>(shape->rows * shape->cols));
   adapter_.read(kind, layer, tensor, 0, dims_.num_experts, values.data());
   return values;
 }

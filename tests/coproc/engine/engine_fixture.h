@@ -3,8 +3,10 @@
 #pragma once
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <future>
 #include <memory>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
@@ -23,7 +25,7 @@ using coproc::SessionEnd;
 using shm::AdapterTensor;
 using shm::TensorKind;
 
-inline constexpr std::uint32_t kAdapter = 1;  // The adapter most tests train.
+inline constexpr std::uint32_t kAdapter = 1;                     // The adapter most tests train.
 inline const std::vector<std::uint32_t> kMoeLayers = {1, 2, 3};  // Of four layers: the first one is dense.
 coproc::AdapterLayerSpec default_spec();
 
@@ -70,6 +72,8 @@ class Host {
 
   // What on_session_ended was called with, so far. After rounds().
   std::vector<std::pair<std::uint32_t, Error>> broken();
+  // Called on worker 0 when a session breaks the protocol: a point in time between two requests.
+  void when_broken(std::function<void()> action);
 
   // `count` ranks, joined; each with kAdapter, filled from `seed` before the join.
   std::vector<std::unique_ptr<Rank>> open_job(std::uint32_t count, const std::string& job_id, std::uint32_t seed = 7,
@@ -84,6 +88,7 @@ class Host {
   std::unique_ptr<coproc::Engine> engine_;
   std::mutex mutex_;
   std::vector<std::pair<std::uint32_t, Error>> broken_;  // Guarded by mutex_.
+  std::function<void()> when_broken_;                    // Guarded by mutex_.
   std::uint32_t num_sessions_ = 0;
   std::thread thread_;
 };
@@ -108,7 +113,7 @@ class Oracle {
 
   coproc::Adapter& adapter() { return adapter_; }
   coproc::WorkerPool& pool() { return pool_; }
-  void fill(std::uint32_t seed);                              // The adapter's parameters.
+  void fill(std::uint32_t seed);                                       // The adapter's parameters.
   static void fill(Rank& rank, const Host& host, std::uint32_t seed);  // The same, through WRITE.
   Bytes forward(std::uint32_t layer, bool adapted, const Tokens& tokens, coproc::Activation* kept = nullptr);
   struct Gradients {

@@ -1,5 +1,5 @@
-// A training step, event by event, for one rank and for several: every y, dx and dw must be bit-equal to a direct call of
-// the experts, and the adapter to one that was stepped directly.
+// A training step, event by event, for one rank and for several: every y, dx and dw must be bit-equal to a direct call
+// of the experts, and the adapter to one that was stepped directly.
 #include <algorithm>
 
 #include "tests/coproc/engine/engine_fixture.h"
@@ -61,8 +61,9 @@ TEST_P(Step, OfOneRankEqualsDirectCallsBitForBit) {
     ASSERT_TRUE(stepped.ok()) << stepped.error.text();
     EXPECT_EQ(stepped.reply.step, step + 1);
     oracle.step(args);
-    expect_same_adapter(*rank, oracle,
-                        {TensorKind::kParam, TensorKind::kGrad, TensorKind::kExpAvg, TensorKind::kExpAvgSq, TensorKind::kT});
+    expect_same_adapter(
+        *rank, oracle,
+        {TensorKind::kParam, TensorKind::kGrad, TensorKind::kExpAvg, TensorKind::kExpAvgSq, TensorKind::kT});
   }
 }
 
@@ -272,7 +273,8 @@ TEST(Deterministic, ModeEndsInDisagreementWhenRanksRunDifferentLayers) {
   for (std::uint32_t i = 0; i < 2; ++i) {
     ASSERT_TRUE(ranks[i]->finish(ranks[i]->send_forward(1 + i, kAdapter, 9, random_tokens(host.shape(), 4, i))).ok());
   }
-  for (auto& rank : ranks) tickets.push_back(rank->send_backward(9, random_elements(host.shape(), 4 * 64, 1), kAccumulate));
+  for (auto& rank : ranks)
+    tickets.push_back(rank->send_backward(9, random_elements(host.shape(), 4 * 64, 1), kAccumulate));
   for (std::size_t i = 0; i < 2; ++i) {
     const Outcome outcome = ranks[i]->finish(tickets[i]);
     EXPECT_EQ(outcome.error.code, ErrorCode::kDisagreement);

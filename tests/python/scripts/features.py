@@ -42,8 +42,13 @@ def load(**kwargs):
 
 
 def lora(**kwargs):
-    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "target_parameters": TARGETS,
-               "init_lora_weights": False}
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj"],
+        "target_parameters": TARGETS,
+        "init_lora_weights": False,
+    }
     return LoraConfig(**{**options, **kwargs})
 
 
@@ -60,7 +65,9 @@ def logits(model, inputs=first):
 def gradients(model):
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     if remote:
-        found.update({n: g for n, g in kt_coproc.expert_gradients(model).items() if model.get_parameter(n).requires_grad})
+        found.update(
+            {n: g for n, g in kt_coproc.expert_gradients(model).items() if model.get_parameter(n).requires_grad}
+        )
     return torch.cat([found[name].flatten() for name in sorted(found)]) if found else torch.zeros(0)
 
 
@@ -259,8 +266,11 @@ def adapters():
     results["norm of an adapter tensor"] = parameter.norm()
     parameter.data = torch.ones(parameter.shape)
     results["assigned data"] = model.state_dict()[name]
-    patterns = adapted(seed=7, rank_pattern={"mlp.experts.gate_up_proj": 6, "mlp.experts.down_proj": 3},
-                       alpha_pattern={"mlp.experts.down_proj": 5})
+    patterns = adapted(
+        seed=7,
+        rank_pattern={"mlp.experts.gate_up_proj": 6, "mlp.experts.down_proj": 3},
+        alpha_pattern={"mlp.experts.down_proj": 5},
+    )
     results["rank_pattern"] = logits(patterns)
     half = adapted(seed=8, target_parameters=["mlp.experts.down_proj"])
     half(**first).loss.backward()
@@ -278,7 +288,9 @@ def saving():
     for name, kwargs in (("", {}), (" with low_cpu_mem_usage", {"low_cpu_mem_usage": True})):
         loaded = PeftModel.from_pretrained(load(), directory, **kwargs).eval()
         results["a loaded adapter" + name] = logits(loaded)
-    results["an adapter's directory"] = logits(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
+    results["an adapter's directory"] = logits(
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    )
     trainable = PeftModel.from_pretrained(load(), directory, is_trainable=True, low_cpu_mem_usage=True)
     optimizer = torch.optim.AdamW([p for p in trainable.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
@@ -304,7 +316,11 @@ def saving():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     results["state of a new optimizer through torch's DCP"] = str(
-        len(get_optimizer_state_dict(trainable, torch.optim.AdamW([p for p in trainable.parameters() if p.requires_grad]))["state"])
+        len(
+            get_optimizer_state_dict(
+                trainable, torch.optim.AdamW([p for p in trainable.parameters() if p.requires_grad])
+            )["state"]
+        )
         > 0
     )
     results["after DCP"] = logits(trainable)
@@ -317,7 +333,8 @@ def optimizers():
         for text in (first, second, first):
             model(**text).loss.backward()
             results[f"{kind.__name__}{options}: norm {len(text['input_ids'][0])}"] = torch.nn.utils.clip_grad_norm_(
-                model.parameters(), 0.1)  # fmt: skip
+                model.parameters(), 0.1
+            )
             optimizer.step()
             optimizer.zero_grad()
         results[f"{kind.__name__}{options}"] = logits(model)

@@ -62,7 +62,9 @@ refused("closure", lambda: optimizer.step(lambda: backward()))
 refused("GradScaler", lambda: torch.amp.GradScaler("cpu").step(optimizer))
 refused("clip with another norm", lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0, norm_type=1.0))
 refused("clip by value", lambda: torch.nn.utils.clip_grad_value_(parameters, 1.0))
-refused("clip with a norm from elsewhere", lambda: torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, torch.tensor(1.0)))
+refused(
+    "clip with a norm from elsewhere", lambda: torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, torch.tensor(1.0))
+)
 refused("clip a part", lambda: torch.nn.utils.clip_grad_norm_(parameters[:3], 1e-6))
 after = model.state_dict()
 results["nothing changed"] = [str(all(torch.equal(before[k], after[k]) for k in before if "lora" in k)), ""]
@@ -74,8 +76,10 @@ refused("torch.save of the model", lambda: torch.save(model, io.BytesIO()))
 refused("torch.save of the state dict", lambda: torch.save(bare.state_dict(), io.BytesIO()))
 refused("reading a base weight", lambda: bare.model.layers[0].mlp.experts.gate_up_proj + 1)
 refused("changing a base weight", lambda: bare.model.layers[0].mlp.experts.down_proj.data.zero_())
-refused("loading base weights", lambda: bare.load_state_dict(
-    {**bare.state_dict(), "model.layers.0.mlp.experts.down_proj": torch.zeros(8, 64, 48)}))  # fmt: skip
+refused(
+    "loading base weights",
+    lambda: bare.load_state_dict({**bare.state_dict(), "model.layers.0.mlp.experts.down_proj": torch.zeros(8, 64, 48)}),
+)
 refused("DataParallel", lambda: torch.nn.DataParallel(model))
 
 
@@ -100,7 +104,9 @@ refused("a changed scaling", scaled)
 experts = kt_coproc.MoEExperts(0)
 hidden, weights = torch.randn(3, 64), torch.rand(3, 2)
 refused("a negative expert", lambda: experts(hidden, torch.tensor([[0, -1]] * 3), weights))
-refused("hidden states of another size", lambda: experts(torch.randn(3, 65), torch.zeros(3, 2, dtype=torch.long), weights))
+refused(
+    "hidden states of another size", lambda: experts(torch.randn(3, 65), torch.zeros(3, 2, dtype=torch.long), weights)
+)
 refused("a layer without experts", lambda: kt_coproc.MoEExperts(99))
 refused("join without torch.distributed", kt_coproc.join)
 refused("attach a dense model", lambda: kt_coproc.attach(torch.nn.Linear(2, 2)))

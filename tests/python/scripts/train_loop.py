@@ -52,7 +52,9 @@ for step in range(args.steps):
     for micro in range(2):
         number = 2 * step + micro
         document = documents[number * world_size + rank]
-        ids = tokenizer(document, truncation=True, max_length=16 + 12 * ((number + rank) % 3), return_tensors="pt").input_ids
+        ids = tokenizer(
+            document, truncation=True, max_length=16 + 12 * ((number + rank) % 3), return_tensors="pt"
+        ).input_ids
         if (number + 2 * rank) % 3 == 2:
             ids = ids[:0]  # This rank has no tokens now.
         sync = contextlib.nullcontext() if micro == 1 or world_size == 1 else module.no_sync()

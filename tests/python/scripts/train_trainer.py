@@ -56,8 +56,10 @@ class Log(TrainerCallback):
 
 checkpointing = {}
 if args.checkpointing:
-    checkpointing = {"gradient_checkpointing": True,
-                     "gradient_checkpointing_kwargs": {"use_reentrant": args.checkpointing == "re"}}
+    checkpointing = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": args.checkpointing == "re"},
+    }
 arguments = TrainingArguments(
     args.out + ".trainer",
     per_device_train_batch_size=2,

@@ -1,4 +1,5 @@
-"""A mistake: two ranks, torch.distributed initialised, but no DDP. With --alone it is meant: every rank trains alone."""
+"""A mistake: two ranks, torch.distributed initialised, but no DDP. With --alone it is meant: every rank trains
+alone."""
 
 import argparse
 import os

@@ -1,7 +1,8 @@
 // The bit model of each table's dot instruction: what one element of C is, to the last bit.
 //
 //   scalar   for each k ascending:           acc = round(acc + round(a·b))
-//   avx512   for each pair of k ascending:   acc = fma(a odd, b odd, acc), then fma(a even, b even, acc): VDPBF16PS rounds
+//   avx512   for each pair of k ascending:   acc = fma(a odd, b odd, acc), then fma(a even, b even, acc): VDPBF16PS
+//   rounds
 //            to nearest even, takes subnormals as zero (DAZ), gives them as zero (FTZ), and ignores MXCSR.
 //            (Intel Instruction Set Reference, VDPBF16PS, operation section.)
 #pragma once

@@ -6,8 +6,8 @@
 //                vdpbf16ps %zmm4, %zmm3, %zmm8             (same trap)
 //                add $4, %rdx                    runs natively, until the next EVEX or opmask instruction
 //
-// Strict: an instruction outside the list, an operand that hardware would refuse, a changed rounding mode end the process
-// with the address, the bytes and the reason.
+// Strict: an instruction outside the list, an operand that hardware would refuse, a changed rounding mode end the
+// process with the address, the bytes and the reason.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +19,8 @@ struct EmulatorCounts {
   std::uint64_t dots;  // VDPBF16PS among them
 };
 
-// Installs the handler for the process, once. False: this CPU lacks AVX2 or FMA, or its signal frames have no AVX state.
+// Installs the handler for the process, once. False: this CPU lacks AVX2 or FMA, or its signal frames have no AVX
+// state.
 bool install_evex_emulator();
 
 // Since the start of the process, all threads.

@@ -32,7 +32,8 @@ Zmm read_rm(const Instruction& in, VectorRegisters& registers) {
   const std::uint8_t* from = pointer_to(address_of(in, registers));
   Zmm value{};
   if (in.broadcast) {
-    for (int at = 0; at < in.vector_bytes; at += in.element_bytes) std::memcpy(value.bytes + at, from, in.element_bytes);
+    for (int at = 0; at < in.vector_bytes; at += in.element_bytes)
+      std::memcpy(value.bytes + at, from, in.element_bytes);
   } else if (in.mask != 0 && in.memory_bytes == in.vector_bytes) {
     for (int lane = 0; lane < num_lanes(in); ++lane) {
       const int at = lane * in.element_bytes;
@@ -74,8 +75,9 @@ __attribute__((target("avx2,fma"))) void dot(const Zmm& a, const Zmm& b, Zmm* ac
   constexpr unsigned kFlushing = 0x9fc0;  // FTZ, DAZ, all exceptions masked, round to nearest
   const unsigned before = _mm_getcsr();
   _mm_setcsr(kFlushing);
-  __asm__ volatile("" ::: "memory");  // the loads below stay below, the stores above the second one: the compiler does not
-                                      // know that arithmetic depends on MXCSR
+  __asm__ volatile("" ::
+                       : "memory");  // the loads below stay below, the stores above the second one: the compiler does
+                                     // not know that arithmetic depends on MXCSR
   const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   for (int half = 0; half < 64; half += 32) {
     __m256i x, y;
@@ -233,7 +235,8 @@ Zmm rearrange(const Instruction& in, const Zmm& a, const Zmm& b) {
     const int parts = in.vector_bytes / in.memory_bytes;
     std::memcpy(result.bytes + (in.immediate & (parts - 1)) * in.memory_bytes, b.bytes, in.memory_bytes);
   } else if (in.op == Op::kBroadcast) {
-    for (int at = 0; at < in.vector_bytes; at += in.memory_bytes) std::memcpy(result.bytes + at, b.bytes, in.memory_bytes);
+    for (int at = 0; at < in.vector_bytes; at += in.memory_bytes)
+      std::memcpy(result.bytes + at, b.bytes, in.memory_bytes);
   }
   return result;
 }
@@ -323,8 +326,7 @@ void execute_mask(const Instruction& in, VectorRegisters& registers) {
 // vpbroadcastd zmm, r32.
 void execute_broadcast_gpr(const Instruction& in, VectorRegisters& registers) {
   Zmm result{};
-  for (int lane = 0; lane < num_lanes(in); ++lane)
-    result.set(lane, static_cast<std::uint32_t>(registers.gpr(in.rm)));
+  for (int lane = 0; lane < num_lanes(in); ++lane) result.set(lane, static_cast<std::uint32_t>(registers.gpr(in.rm)));
   write_vector(in, registers, in.reg, result);
 }
 

@@ -5,7 +5,8 @@
 
 namespace kt::test {
 
-// nullptr: done, and the instruction pointer stands behind it. Else why it cannot be executed; nothing has changed then.
+// nullptr: done, and the instruction pointer stands behind it. Else why it cannot be executed; nothing has changed
+// then.
 const char* execute_instruction(const Instruction& instruction, VectorRegisters& registers);
 
 }  // namespace kt::test

@@ -3,8 +3,8 @@
 //   62 P0 P1 P2 opcode ModRM [SIB] [disp8·N | disp32] [imm8]
 //   P0 = R X B R' 0 map(3)      P1 = W vvvv 1 pp      P2 = z L'L b V' aaa        (R X B R' vvvv V' inverted)
 //
-// Strict: a form that is not in the list of evex_instruction.cpp, a rounding override, a mask or broadcast where the list
-// allows none is "unknown", never a guess.
+// Strict: a form that is not in the list of evex_instruction.cpp, a rounding override, a mask or broadcast where the
+// list allows none is "unknown", never a guess.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -13,17 +13,51 @@ namespace kt::test {
 
 enum class Op : std::uint8_t {
   // Moves: register or memory to register, and back.
-  kLoad, kStore, kLoadScalar, kStoreScalar, kGprToXmm, kXmmToGpr,
-  kBroadcast, kBroadcastGpr,
+  kLoad,
+  kStore,
+  kLoadScalar,
+  kStoreScalar,
+  kGprToXmm,
+  kXmmToGpr,
+  kBroadcast,
+  kBroadcastGpr,
   // Lane by lane, 32 bits.
-  kAdd, kSub, kMul, kDiv, kSqrt, kXor, kAnd, kOr, kAddInt, kSubInt, kShiftRight, kShiftLeft, kFma231, kFma213, kDot,
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kSqrt,
+  kXor,
+  kAnd,
+  kOr,
+  kAddInt,
+  kSubInt,
+  kShiftRight,
+  kShiftLeft,
+  kFma231,
+  kFma213,
+  kDot,
   kCompare,
   // One lane, the rest from the second operand.
-  kAddScalar, kSubScalar, kMulScalar, kDivScalar,
+  kAddScalar,
+  kSubScalar,
+  kMulScalar,
+  kDivScalar,
   // Across lanes.
-  kInsert, kExtract, kShuffle128, kAlign, kNarrow, kWiden, kShuffleBytes, kUnpackLow, kUnpackHigh,
+  kInsert,
+  kExtract,
+  kShuffle128,
+  kAlign,
+  kNarrow,
+  kWiden,
+  kShuffleBytes,
+  kUnpackLow,
+  kUnpackHigh,
   // Opmask registers, VEX-encoded.
-  kMaskMove, kMaskFromGpr, kMaskToGpr, kMaskXor,
+  kMaskMove,
+  kMaskFromGpr,
+  kMaskToGpr,
+  kMaskXor,
 };
 
 struct Instruction {

@@ -7,9 +7,10 @@
 //   k0-7       [ shadow ]
 //
 // INVARIANTS
-//   V1 A VEX instruction zeroes the upper half of the register it writes. It does not trap; that it ran is seen from a low
-//      half that differs from what the last trap left. (One that writes the very bits that were there goes unseen. Stale
-//      upper halves then give wrong results, which a test reports: the mistake is loud.)
+//   V1 A VEX instruction zeroes the upper half of the register it writes. It does not trap; that it ran is seen from a
+//   low
+//      half that differs from what the last trap left. (One that writes the very bits that were there goes unseen.
+//      Stale upper halves then give wrong results, which a test reports: the mistake is loud.)
 //   V2 The shadow belongs to the thread, like the registers.
 #pragma once
 #include <ucontext.h>
