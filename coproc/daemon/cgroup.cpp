@@ -52,8 +52,8 @@ std::optional<Hierarchy> find_hierarchy(const std::string& root, const std::stri
     const std::vector<std::string> left = split(line.substr(0, dash), ' ');
     const std::vector<std::string> right = split(line.substr(dash + 3), ' ');
     if (left.size() < 5 || right.size() < 3) continue;
-    const bool matches = controller.empty() ? right[0] == "cgroup2"
-                                            : right[0] == "cgroup" && has_word(right[2], controller);
+    const bool matches =
+        controller.empty() ? right[0] == "cgroup2" : right[0] == "cgroup" && has_word(right[2], controller);
     if (!matches) continue;
     // In a container without a namespace of its own, the mount shows a part of the tree: `left[3]` and below.
     const std::string& shown = left[3];

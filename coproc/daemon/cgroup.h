@@ -7,7 +7,7 @@
 namespace kt::coproc {
 
 struct CgroupLimits {
-  std::optional<double> cpus;                     // CPU time per time; the least of all groups above us.
+  std::optional<double> cpus;                       // CPU time per time; the least of all groups above us.
   std::optional<std::uint64_t> memory_limit_bytes;  // Of the group with the least room.
   std::optional<std::uint64_t> memory_free_bytes;   // Limit - use + page cache that can be dropped.
 };

@@ -15,15 +15,24 @@ namespace kt::coproc {
 
 int exit_code(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kOk: return kExitOk;
-    case ErrorCode::kUsage: return kExitUsage;
-    case ErrorCode::kNotFound: return kExitNoDaemon;
-    case ErrorCode::kBadModel: return kExitBadModel;
-    case ErrorCode::kNoResources: return kExitNoResources;
-    case ErrorCode::kOs: return kExitOs;
-    case ErrorCode::kAlreadyRunning: return kExitAlreadyRunning;
-    case ErrorCode::kPermission: return kExitPermission;
-    default: return kExitRuntimeFailure;
+    case ErrorCode::kOk:
+      return kExitOk;
+    case ErrorCode::kUsage:
+      return kExitUsage;
+    case ErrorCode::kNotFound:
+      return kExitNoDaemon;
+    case ErrorCode::kBadModel:
+      return kExitBadModel;
+    case ErrorCode::kNoResources:
+      return kExitNoResources;
+    case ErrorCode::kOs:
+      return kExitOs;
+    case ErrorCode::kAlreadyRunning:
+      return kExitAlreadyRunning;
+    case ErrorCode::kPermission:
+      return kExitPermission;
+    default:
+      return kExitRuntimeFailure;
   }
 }
 

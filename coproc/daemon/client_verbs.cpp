@@ -22,9 +22,12 @@ constexpr const char* kSocketHelp = "socket of the daemon (default: KT_COPROC, e
 
 int state_exit_code(shm::DaemonState state) {
   switch (state) {
-    case shm::DaemonState::kServing: return kExitOk;
-    case shm::DaemonState::kLoading: return kExitLoading;
-    default: return kExitNotServing;
+    case shm::DaemonState::kServing:
+      return kExitOk;
+    case shm::DaemonState::kLoading:
+      return kExitLoading;
+    default:
+      return kExitNotServing;
   }
 }
 
@@ -45,9 +48,8 @@ Result<Monitor> connect_to(const std::string& socket_option) {
 }  // namespace
 
 int status_verb(const Arguments& arguments) {
-  CLI::App app(
-      "Shows what the daemon is doing. Exit code: 0 serving, 3 no daemon, 4 loading, 5 stalled or draining.",
-      "kt-coproc status");
+  CLI::App app("Shows what the daemon is doing. Exit code: 0 serving, 3 no daemon, 4 loading, 5 stalled or draining.",
+               "kt-coproc status");
   std::string socket;
   bool json = false;
   app.add_option("--socket", socket, kSocketHelp)->type_name("PATH");
@@ -92,10 +94,9 @@ int wait_verb(const Arguments& arguments) {
   double timeout_seconds = 0;
   app.add_option("--socket", socket, kSocketHelp)->type_name("PATH");
   app.add_flag("--ready", ready, "wait until the weights are loaded")->required();
-  CLI::Option* const timeout =
-      app.add_option("--timeout", timeout_seconds, "give up after S seconds (default: never)")
-          ->type_name("S")
-          ->check(CLI::Range(0.0, 1e9));
+  CLI::Option* const timeout = app.add_option("--timeout", timeout_seconds, "give up after S seconds (default: never)")
+                                   ->type_name("S")
+                                   ->check(CLI::Range(0.0, 1e9));
   const auto parsed = parse_arguments(app, arguments);
   if (!parsed.ok()) return report(parsed.error());
   if (parsed.value() == Parsed::kHelpShown) return kExitOk;
@@ -115,8 +116,8 @@ int wait_verb(const Arguments& arguments) {
   const auto waited = wait_ready(find_path, /*verbose=*/true, give_up);
   if (!waited.ok()) return report(waited.error());
   if (waited.value() == Readiness::kGone) {
-    report(Error{ErrorCode::kNotFound, "the daemon at " + last_path + " went away",
-                 "it ended before it was ready", "see what it printed; start it again: kt-coproc run --model DIR"});
+    report(Error{ErrorCode::kNotFound, "the daemon at " + last_path + " went away", "it ended before it was ready",
+                 "see what it printed; start it again: kt-coproc run --model DIR"});
     return kExitNoDaemon;
   }
   if (waited.value() == Readiness::kTimeout) {
@@ -129,8 +130,7 @@ int wait_verb(const Arguments& arguments) {
 }
 
 int stop_verb(const Arguments& arguments) {
-  CLI::App app("Ends the daemon and returns when its process has gone. Requests in flight complete.",
-               "kt-coproc stop");
+  CLI::App app("Ends the daemon and returns when its process has gone. Requests in flight complete.", "kt-coproc stop");
   std::string socket;
   bool drain = false;
   app.add_option("--socket", socket, kSocketHelp)->type_name("PATH");

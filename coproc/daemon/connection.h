@@ -17,8 +17,8 @@ struct Server::Connection {
                                  // the end of the connection, while the peer still sends, may be lost.
 
   bool has_spoken = false;
-  bool busy = false;        // C3.
-  bool throttled = false;   // Sent too many packets: not heard until the next tick.
+  bool busy = false;              // C3.
+  bool throttled = false;         // Sent too many packets: not heard until the next tick.
   std::uint32_t num_packets = 0;  // Since the last tick.
 
   std::uint32_t session_id = 0;  // 0: none.

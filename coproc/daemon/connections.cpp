@@ -95,9 +95,8 @@ void Server::end_session(Connection& connection, SessionEnd why, const std::stri
 }
 
 void Server::session_ended(std::uint32_t session_id, const Error& error) {
-  const auto entry = std::find_if(connections_.begin(), connections_.end(), [&](const auto& candidate) {
-    return candidate.second->session_id == session_id;
-  });
+  const auto entry = std::find_if(connections_.begin(), connections_.end(),
+                                  [&](const auto& candidate) { return candidate.second->session_id == session_id; });
   if (entry == connections_.end()) return;
   Connection& connection = *entry->second;
   spdlog::info("session {} broke the protocol ({}): {}", session_id, connection.who(), error.why);
@@ -106,9 +105,8 @@ void Server::session_ended(std::uint32_t session_id, const Error& error) {
 }
 
 std::size_t Server::num_sessions() const {
-  return static_cast<std::size_t>(std::count_if(connections_.begin(), connections_.end(), [](const auto& entry) {
-    return entry.second->session_id != 0;
-  }));
+  return static_cast<std::size_t>(std::count_if(connections_.begin(), connections_.end(),
+                                                [](const auto& entry) { return entry.second->session_id != 0; }));
 }
 
 }  // namespace kt::coproc

@@ -1,7 +1,7 @@
 // The control packets a rank may send, taken out of JSON and checked. shm/control.h is their specification.
 //
-// Only the shape is checked here: a value of the wrong type or outside its field is malformed and ends the connection. What
-// the values mean, the engine checks: a request that cannot be granted is answered with an error.
+// Only the shape is checked here: a value of the wrong type or outside its field is malformed and ends the connection.
+// What the values mean, the engine checks: a request that cannot be granted is answered with an error.
 #pragma once
 #include <cstdint>
 #include <nlohmann/json.hpp>

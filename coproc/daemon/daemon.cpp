@@ -177,8 +177,8 @@ class Daemon {
       ::numa_set_interleave_mask(::numa_all_nodes_ptr);
     }
     WeightsSink sink(*prepared_.weights);
-    const auto num_threads = std::clamp(static_cast<std::uint32_t>(prepared_.workers.cpus.size()), kLoaderThreadsMin,
-                                        kLoaderThreadsMax);
+    const auto num_threads =
+        std::clamp(static_cast<std::uint32_t>(prepared_.workers.cpus.size()), kLoaderThreadsMin, kLoaderThreadsMax);
     ProgressPrinter printer(progress_);
     Status status = load_experts(prepared_.checkpoint, prepared_.element, sink, progress_, num_threads);
     if (status.ok()) printer.finish();
@@ -195,8 +195,8 @@ class Daemon {
     }
     shm::StatusPage& page = status_.page();
     pool_ = std::make_unique<WorkerPool>(prepared_.workers.cpus);
-    engine_ = std::make_unique<Engine>(prepared_.dims, *prepared_.table, *prepared_.weights, *pool_, page,
-                                       prepared_.engine);
+    engine_ =
+        std::make_unique<Engine>(prepared_.dims, *prepared_.table, *prepared_.weights, *pool_, page, prepared_.engine);
     server_->serve(*engine_);
     engine_thread_ = std::thread([this] {
       ::pthread_setname_np(::pthread_self(), "kt-worker-0");

@@ -28,7 +28,8 @@ namespace kt::coproc {
 namespace {
 
 constexpr std::size_t kSocketPathBytesMax = 107;
-constexpr std::chrono::seconds kStopTimeout{60};  // The daemon promises 10 s; freeing a large one's memory takes longer.
+constexpr std::chrono::seconds kStopTimeout{
+    60};  // The daemon promises 10 s; freeing a large one's memory takes longer.
 constexpr int kForwarded[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
 
 // The signals this process handles itself: blocked here, as they were in the children.
@@ -136,7 +137,8 @@ Result<Child> start(const std::vector<std::string>& words, const Signals& signal
                     const InChild& in_child) {
   exec_errno = 0;
   std::array<int, 2> ends{};
-  if (::pipe2(ends.data(), O_CLOEXEC) != 0) return os_error("pipe2", words[0], "raise the limit on open files: ulimit -n");
+  if (::pipe2(ends.data(), O_CLOEXEC) != 0)
+    return os_error("pipe2", words[0], "raise the limit on open files: ulimit -n");
   const UniqueFd reader(ends[0]);
   UniqueFd writer(ends[1]);
   const pid_t pid = ::fork();
@@ -280,7 +282,8 @@ int exec_verb(const Arguments& arguments) {
   const auto separator = std::find(arguments.begin(), arguments.end(), "--");
   const Arguments flags(arguments.begin(), separator);
   CLI::App app(
-      "kt-coproc exec --model DIR [flags of run] -- CMD…: starts a daemon on a private socket, runs CMD with KT_COPROC\n"
+      "kt-coproc exec --model DIR [flags of run] -- CMD…: starts a daemon on a private socket, runs CMD with "
+      "KT_COPROC\n"
       "set, stops the daemon, and exits with CMD's status (128+n after signal n, 127 when it is not found).",
       "kt-coproc exec");
   RunOptions options;

@@ -26,13 +26,15 @@ constexpr Verb kVerbs[] = {
 };
 
 void print_help() {
-  std::printf("kt-coproc: owns a mixture-of-experts model's routed experts and computes them for the training processes\n"
-              "of this node.\n\nUsage: kt-coproc VERB [flags]\n\nVerbs:\n");
+  std::printf(
+      "kt-coproc: owns a mixture-of-experts model's routed experts and computes them for the training processes\n"
+      "of this node.\n\nUsage: kt-coproc VERB [flags]\n\nVerbs:\n");
   for (const Verb& verb : kVerbs) std::printf("  %-8s %s\n", std::string(verb.name).c_str(), verb.summary);
-  std::printf("\nkt-coproc VERB --help shows the flags of a verb. A first session:\n"
-              "  kt-coproc run --model DIR &\n"
-              "  kt-coproc wait --ready\n"
-              "  export KT_COPROC=auto        # in the shell of the training job\n");
+  std::printf(
+      "\nkt-coproc VERB --help shows the flags of a verb. A first session:\n"
+      "  kt-coproc run --model DIR &\n"
+      "  kt-coproc wait --ready\n"
+      "  export KT_COPROC=auto        # in the shell of the training job\n");
 }
 
 int usage_error(std::string what) {

@@ -71,8 +71,9 @@ class Reader {
 };
 
 Result<Parsed> settings_from_flags(CLI::App& app, const std::vector<std::string>& arguments, SettingValues& values) {
-  app.footer("Every flag --x-y is also read from the environment variable KT_COPROC_X_Y and from the config file\n"
-             "(key x-y). A flag comes before the environment, the environment before the file.");
+  app.footer(
+      "Every flag --x-y is also read from the environment variable KT_COPROC_X_Y and from the config file\n"
+      "(key x-y). A flag comes before the environment, the environment before the file.");
   std::map<std::string, std::string> texts;
   std::map<std::string, bool> flags;
   for (const Setting& setting : all_settings()) {

@@ -14,7 +14,7 @@ inline constexpr std::uint32_t kBatchTokensMax = 1 << 20;
 
 struct RunOptions {
   std::string model;
-  std::string socket_path;  // Absolute, at most 107 bytes.
+  std::string socket_path;    // Absolute, at most 107 bytes.
   std::uint32_t threads = 0;  // 0: chosen from the machine.
   bool numa = true;
   std::string weight_format = "bf16";  // "bf16" or "fp32".

@@ -95,8 +95,7 @@ Status Server::check_hello(const Connection& connection, const HelloRequest& hel
     return Error{ErrorCode::kNoResources, "the daemon takes no more sessions",
                  std::to_string(kSessionsMax) + " are attached", "end processes that hold one"};
   }
-  return require_memory(read_memory_room(read_cgroup_limits()), hello.arena_bytes,
-                        "the arena of " + connection.who());
+  return require_memory(read_memory_room(read_cgroup_limits()), hello.arena_bytes, "the arena of " + connection.who());
 }
 
 void Server::on_hello(Connection& connection, const Json& body) {

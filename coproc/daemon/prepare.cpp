@@ -53,7 +53,7 @@ Result<Prepared> prepare(const RunOptions& options) {
   }
   const Machine machine = inspect_machine(limits.cpus);
   WorkerPlan workers = plan_workers(machine, options.threads);
-  return Prepared{std::move(checkpoint), std::move(model_fingerprint), element, dims,  table, machine,
+  return Prepared{std::move(checkpoint), std::move(model_fingerprint), element, dims, table, machine,
                   std::move(workers),    std::move(weights),           engine};
 }
 

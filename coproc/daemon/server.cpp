@@ -20,9 +20,9 @@ namespace {
 using std::chrono::seconds;
 
 constexpr auto kTick = std::chrono::milliseconds(250);
-constexpr auto kSilenceMax = seconds(30);   // Until a new connection's first packet.
-constexpr auto kStoppingMax = seconds(9);   // The contract says 10 s from signal to exit.
-constexpr int kAcceptsPerEvent = 32;        // Then others get their turn.
+constexpr auto kSilenceMax = seconds(30);  // Until a new connection's first packet.
+constexpr auto kStoppingMax = seconds(9);  // The contract says 10 s from signal to exit.
+constexpr int kAcceptsPerEvent = 32;       // Then others get their turn.
 constexpr const char* kDescriptorsFix = "raise the limit on open files: ulimit -n";
 
 // Tokens of epoll events. A connection has two: 2·id for its socket, 2·id + 1 for its pidfd.
@@ -113,9 +113,12 @@ bool Server::run() {
 
 void Server::dispatch(std::uint64_t token, std::uint32_t events) {
   switch (token) {
-    case kListenToken: return accept_connections();
-    case kTimerToken: return tick();
-    case kMailboxToken: return mailbox_->run_all();
+    case kListenToken:
+      return accept_connections();
+    case kTimerToken:
+      return tick();
+    case kMailboxToken:
+      return mailbox_->run_all();
     case kSignalToken: {
       signalfd_siginfo info{};
       if (::read(signals_.get(), &info, sizeof info) != sizeof info) return;
@@ -158,10 +161,10 @@ void Server::add_connection(UniqueFd socket) {
   connection->pid = peer.pid > 0 ? static_cast<std::uint32_t>(peer.pid) : 0;
   if (peer.uid != ::geteuid()) {
     spdlog::warn("refused a connection of uid {}, {}", peer.uid, connection->who());
-    connection->refusal = Error{ErrorCode::kPermission, "this daemon is not yours",
-                                "it runs as uid " + std::to_string(::geteuid()) + ", you are uid " +
-                                    std::to_string(peer.uid),
-                                "start a daemon of your own: kt-coproc run --model DIR"};
+    connection->refusal =
+        Error{ErrorCode::kPermission, "this daemon is not yours",
+              "it runs as uid " + std::to_string(::geteuid()) + ", you are uid " + std::to_string(peer.uid),
+              "start a daemon of your own: kt-coproc run --model DIR"};
   }
   connection->pidfd = peer_pidfd(connection->socket.get(), peer.pid);
   const bool watched = watch(connection->socket.get(), 2 * connection->id).ok() &&

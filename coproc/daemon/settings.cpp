@@ -7,7 +7,8 @@ namespace {
 
 constexpr Setting kSettings[] = {
     {"model", SettingKind::kText, "DIR", "checkpoint directory: config.json and *.safetensors", true},
-    {"config", SettingKind::kText, "FILE.toml", "file of settings; flags and environment variables come before it", false},
+    {"config", SettingKind::kText, "FILE.toml", "file of settings; flags and environment variables come before it",
+     false},
     {"socket", SettingKind::kText, "PATH",
      "socket to listen on (default: $XDG_RUNTIME_DIR/kt-coproc/kt.sock, else /run/kt-coproc/kt.sock)", true},
     {"threads", SettingKind::kNumber, "N",

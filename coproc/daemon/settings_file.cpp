@@ -31,22 +31,32 @@ std::string known_keys() {
 
 const char* kind_name(SettingKind kind) {
   switch (kind) {
-    case SettingKind::kText: return "a string, in quotes";
-    case SettingKind::kNumber: return "a whole number";
-    case SettingKind::kFlag: return "true or false";
+    case SettingKind::kText:
+      return "a string, in quotes";
+    case SettingKind::kNumber:
+      return "a whole number";
+    case SettingKind::kFlag:
+      return "true or false";
   }
   return "";
 }
 
 const char* type_name(toml::node_type type) {
   switch (type) {
-    case toml::node_type::string: return "a string";
-    case toml::node_type::integer: return "a whole number";
-    case toml::node_type::floating_point: return "a number with a fraction";
-    case toml::node_type::boolean: return "true or false";
-    case toml::node_type::array: return "a list";
-    case toml::node_type::table: return "a table";
-    default: return "a date or time";
+    case toml::node_type::string:
+      return "a string";
+    case toml::node_type::integer:
+      return "a whole number";
+    case toml::node_type::floating_point:
+      return "a number with a fraction";
+    case toml::node_type::boolean:
+      return "true or false";
+    case toml::node_type::array:
+      return "a list";
+    case toml::node_type::table:
+      return "a table";
+    default:
+      return "a date or time";
   }
 }
 

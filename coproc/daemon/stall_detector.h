@@ -25,7 +25,8 @@ class StallDetector {
   std::uint64_t since_ns_ = 0;
 };
 
-// A request that the daemon could work on is in flight. What waits for other ranks does not count: collectives, and with
+// A request that the daemon could work on is in flight. What waits for other ranks does not count: collectives, and
+// with
 // --deterministic BACKWARDs too.
 bool work_in_flight(const shm::StatusPage& page, bool deterministic);
 

@@ -58,12 +58,13 @@ std::string memory_line(const json& memory) {
 std::string work_lines(const json& status) {
   const json rates = get(status, "rates", json::object());
   const json totals = get(status, "totals", json::object());
-  return fmt::format("tokens/s {:.0f} forward, {:.0f} backward; workers {:.0f} % busy\n"
-                     "totals   {} forward, {} backward, {} steps, {} errors; sessions {} attached, {} rejected\n",
-                     number(rates, "forward_tokens_per_second"), number(rates, "backward_tokens_per_second"),
-                     100 * number(rates, "worker_busy_ratio"), count(totals, "forward_requests"),
-                     count(totals, "backward_requests"), count(totals, "steps"), count(totals, "errors"),
-                     count(totals, "sessions_attached"), count(totals, "sessions_rejected"));
+  return fmt::format(
+      "tokens/s {:.0f} forward, {:.0f} backward; workers {:.0f} % busy\n"
+      "totals   {} forward, {} backward, {} steps, {} errors; sessions {} attached, {} rejected\n",
+      number(rates, "forward_tokens_per_second"), number(rates, "backward_tokens_per_second"),
+      100 * number(rates, "worker_busy_ratio"), count(totals, "forward_requests"), count(totals, "backward_requests"),
+      count(totals, "steps"), count(totals, "errors"), count(totals, "sessions_attached"),
+      count(totals, "sessions_rejected"));
 }
 
 std::string job_lines(const json& status) {

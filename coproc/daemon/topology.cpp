@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::size_t kCpusMax = 8192;
 constexpr std::uint32_t kCoresAllBusyMax = 8;  // Up to here every core computes.
-constexpr std::uint32_t kCoresLeftFree = 2;  // Above it, this many are left to others.
+constexpr std::uint32_t kCoresLeftFree = 2;    // Above it, this many are left to others.
 
 std::vector<int> affinity_cpus() {
   std::vector<int> cpus;

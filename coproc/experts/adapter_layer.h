@@ -12,6 +12,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "coproc/experts/adapter.h"
 #include "coproc/experts/memory.h"
@@ -81,8 +82,8 @@ struct Adapter::Layer {
 };
 
 struct Adapter::State {
-  State(const ExpertDims& dims_in, const kernels::KernelTable& table_in)
-      : dims(dims_in), table(table_in), layers(dims_in.num_layers) {}
+  State(ExpertDims dims_in, const kernels::KernelTable& table_in)
+      : dims(std::move(dims_in)), table(table_in), layers(dims.num_layers) {}
 
   // One layer of `num_layers` to come: refused unless there is memory for all of them.
   Result<std::unique_ptr<Layer>> make_layer(const AdapterLayerSpec& spec, std::size_t num_layers) const;

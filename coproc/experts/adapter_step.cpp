@@ -11,7 +11,7 @@ namespace {
 using Layer = Adapter::Layer;
 
 // 64 Ki floats: P, S, m and v of a chunk are 1 MiB. Fixed, so that sums do not depend on the number of workers.
-constexpr std::int64_t kChunkFloats = 64 * 1024;
+constexpr std::int64_t kChunkFloats = 65536;
 
 struct Chunk {
   std::size_t tensor;  // Index of the caller's list.
@@ -44,7 +44,7 @@ double sum_of_squares(const float* x, std::int64_t count) {
 
 // torch.optim.adamw._single_tensor_adamw / adam: scalars in double, then rounded as torch's kernels round them.
 kernels::AdamwArgs adamw_args(const shm::StepGroup& group, double scale, std::uint64_t t) {
-  const double steps = static_cast<double>(t);
+  const auto steps = static_cast<double>(t);
   const bool decoupled = group.decoupled != 0;
   return {.grad_scale = static_cast<float>(scale),
           .decay = decoupled ? static_cast<float>(1 - group.lr * group.weight_decay) : 1.0f,

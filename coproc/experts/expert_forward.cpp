@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <utility>
 
 #include "coproc/experts/layer_state.h"
 
@@ -6,9 +7,9 @@ namespace kt::coproc {
 
 using kernels::kPanelRows;
 
-ExpertCompute::State::State(const ExpertDims& dims_in, const kernels::KernelTable& table_in,
-                            const ExpertWeights& weights_in, WorkerPool& pool_in)
-    : dims(dims_in),
+ExpertCompute::State::State(ExpertDims dims_in, const kernels::KernelTable& table_in, const ExpertWeights& weights_in,
+                            WorkerPool& pool_in)
+    : dims(std::move(dims_in)),
       table(table_in),
       weights(weights_in),
       pool(pool_in),
@@ -87,7 +88,8 @@ void ExpertCompute::State::activate(std::int64_t begin, std::int64_t count, cons
     auto* saved = static_cast<std::byte*>(items[item].save_gate_up);
     if (saved == nullptr) return swiglu(first, stop - first, nullptr);
     for (std::int64_t row = first; row < stop; ++row) {
-      swiglu(row, 1, saved + routes.route[static_cast<std::size_t>(row)] * 2 * ip * eb);
+      const std::int64_t route = routes.route[static_cast<std::size_t>(row)];
+      swiglu(row, 1, saved + route * 2 * ip * eb);
     }
   });
 }

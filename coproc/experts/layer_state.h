@@ -46,8 +46,7 @@ struct WorkerScratch {
 };
 
 struct ExpertCompute::State {
-  State(const ExpertDims& dims_in, const kernels::KernelTable& table_in, const ExpertWeights& weights_in,
-        WorkerPool& pool_in);
+  State(ExpertDims dims_in, const kernels::KernelTable& table_in, const ExpertWeights& weights_in, WorkerPool& pool_in);
 
   // Groups the routes of `batch` and plans the tasks by rows and by tokens.
   void plan();
@@ -91,7 +90,7 @@ struct ExpertCompute::State {
     run(token_tasks, [&](const TokenTask& task, int) {
       const auto item = static_cast<std::size_t>(task.item);
       const std::int64_t first = task.begin * top_k;
-      std::byte* target = static_cast<std::byte*>(target_of(item));
+      auto* target = static_cast<std::byte*>(target_of(item));
       table.sum_routes(out.data(), hp, routes.row.data() + routes.first_slot[item] + first,
                        weighted ? batch[item].weights + first : nullptr, task.end - task.begin, top_k, h,
                        target + task.begin * h * eb, h);
@@ -115,7 +114,7 @@ struct ExpertCompute::State {
     return std::clamp<std::int64_t>(kTileFloats / columns, 1, kTileRowsMax);
   }
   // 256 KiB: half of the smallest L2 these tables run on (512 KiB per core on Zen 3; 2 MiB where AMX is).
-  static constexpr std::int64_t kTileFloats = 64 * 1024;
+  static constexpr std::int64_t kTileFloats = 65536;
   static constexpr std::int64_t kTileRowsMax = 256;
 
   ExpertDims dims;

@@ -13,7 +13,7 @@ namespace kt::coproc {
 namespace {
 
 constexpr std::uint64_t kUnknown = std::numeric_limits<std::uint64_t>::max();
-constexpr std::uint64_t kHugePageBytes = 2 * 1024 * 1024;
+constexpr std::uint64_t kHugePageBytes = 2097152;
 
 std::uint64_t memory_available_on_host() {
   std::ifstream file("/proc/meminfo");

@@ -10,7 +10,7 @@ namespace {
 constexpr std::int64_t kRowsPerTask = 128;
 constexpr std::int64_t kTokensPerTask = 64;
 // A slice of the weights that stays in L2 beside a tile of results and the rows streaming through.
-constexpr std::int64_t kTaskWeightBytes = 256 * 1024;
+constexpr std::int64_t kTaskWeightBytes = 262144;
 // So that the last task to finish costs a worker at most an eighth of its time.
 constexpr std::int64_t kTasksPerWorker = 8;
 

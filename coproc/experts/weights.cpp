@@ -1,13 +1,15 @@
 #include "coproc/experts/weights.h"
 
+#include <utility>
+
 #include "coproc/experts/memory.h"
 
 namespace kt::coproc {
 
 // One mapping, expert after expert, layer after layer: gate_up panels, then down panels.
 struct ExpertWeights::State {
-  State(const ExpertDims& dims_in, const kernels::KernelTable& table_in)
-      : dims(dims_in),
+  State(ExpertDims dims_in, const kernels::KernelTable& table_in)
+      : dims(std::move(dims_in)),
         table(table_in),
         gate_up_stride(kernels::panel_stride_bytes(dims.hidden_padded(), table.element_bytes)),
         down_stride(kernels::panel_stride_bytes(dims.intermediate_padded(), table.element_bytes)),

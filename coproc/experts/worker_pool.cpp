@@ -80,15 +80,15 @@ struct WorkerPool::State {
   void work(int worker);
   void close_and_wait();
 
-  std::vector<int> cpus;
-  std::vector<Worker> workers;
-  bool caller_pinned = false;
-
-  const std::function<void(std::int64_t, int)>* task = nullptr;
-  std::int64_t num_tasks = 0;
+  // Each of the three on a cache line of its own: `next` is taken by everybody in every task.
   alignas(128) std::atomic<std::int64_t> next{0};
   alignas(128) std::atomic<std::uint32_t> gate{0};
   alignas(128) std::atomic<std::uint32_t> generation{0};
+  alignas(128) const std::function<void(std::int64_t, int)>* task = nullptr;
+  std::int64_t num_tasks = 0;
+  std::vector<int> cpus;
+  std::vector<Worker> workers;
+  bool caller_pinned = false;
   std::atomic<bool> stop{false};
 };
 

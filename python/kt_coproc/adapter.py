@@ -156,6 +156,8 @@ class Adapter:
         specs: layer -> half -> HalfSpec.
         coefficient: what clip_grad_norm_ asked gradients to be multiplied with, until STEP or DISCARD.
         reduced: gradient sums of several daemons were added up since the last STEP or DISCARD.
+        optimizer: the one whose moments the daemon has.
+        former_optimizers: those that stepped the adapter before it.
     """
 
     def __init__(self, binding: Binding, name: str) -> None:
@@ -165,6 +167,8 @@ class Adapter:
         self.specs: dict[int, dict[str, HalfSpec]] = {}
         self.coefficient = 1.0
         self.reduced = False
+        self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self.former_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._tensors: weakref.WeakValueDictionary[tuple[int, str, str], LoraTensor] = weakref.WeakValueDictionary()
         self._created: set[int] = set()
         self._connection = binding.client.connection

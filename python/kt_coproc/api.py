@@ -55,10 +55,6 @@ def attach(model: nn.Module, client: Client | None = None) -> nn.Module:
         CoprocModelMismatch: the model was not loaded from the daemon's checkpoint. Names both.
         CoprocError: there is nothing to attach, or the experts compute something the daemon does not.
     """
-    from . import _autoload
-
-    _autoload.install()
-    _autoload.raise_failure()
     client = client or default()
     if not experts.routed_experts(model):
         if experts.remote_modules(model):

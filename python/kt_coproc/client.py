@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import errors
+from . import _autoload, errors
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -65,6 +65,9 @@ class Connection:
     """
 
     def __init__(self, address: str) -> None:
+        # What scripts do with remote experts goes through the hooks, also where KT_COPROC is not set.
+        _autoload.install()
+        _autoload.raise_failure()
         self.address = address
         self.session = _extension().Session(address, "", os.environ.get("KT_COPROC_JOB", ""))
         self.model: dict[str, Any] = self.session.model

@@ -117,6 +117,32 @@ def _hyperparameters(optimizer: Optimizer, group: dict[str, Any]) -> tuple[float
     )
 
 
+def _take_state(optimizer: Optimizer, adapter: Adapter) -> None:
+    """Moments belong to an optimizer in torch, and to the adapter in the daemon: another optimizer starts afresh."""
+    before = adapter.optimizer() if adapter.optimizer is not None else None
+    if before is optimizer:
+        return
+    if optimizer in adapter.former_optimizers:
+        raise refusal(
+            f"two optimizers step adapter {adapter.name!r} in turn",
+            "the co-process keeps one set of moments for an adapter",
+            "use one optimizer for an adapter",
+        )
+    if before is not None:
+        adapter.former_optimizers.add(before)
+    if adapter.optimizer is not None:
+        for tensor in adapter.tensors():
+            _reset_state(tensor)
+    adapter.optimizer = weakref.ref(optimizer)
+
+
+def _reset_state(tensor: LoraTensor) -> None:
+    if tensor.t > 0:
+        tensor.write(torch.zeros(tensor.shape), EXP_AVG)
+        tensor.write(torch.zeros(tensor.shape), EXP_AVG_SQ)
+        tensor.write_t(0)
+
+
 def _require_whole_adapter(optimizer: Optimizer, adapter: Adapter, tensors: dict[LoraTensor, int]) -> None:
     for tensor in adapter.tensors():
         owner = _owners.get(tensor)
@@ -173,6 +199,7 @@ def _step(optimizer: Optimizer, adapter: Adapter, tensors: dict[LoraTensor, int]
         reason = _unsupported(optimizer, optimizer.param_groups[number])
         if reason is not None:
             raise refusal("cannot step expert adapters", reason, "use torch.optim.AdamW or Adam")
+    _take_state(optimizer, adapter)
     distributed.reduce_gradients(adapter)
     adapter.session.step(
         adapter.required_id,
@@ -303,8 +330,10 @@ def export_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     state = state_dict["state"]
     for number, parameter in _numbered(optimizer.param_groups).items():
         tensor = lora_tensor(parameter)
-        steps = tensor.t if tensor is not None else 0
-        if tensor is None or steps == 0:
+        if tensor is None or tensor.adapter.optimizer is None or tensor.adapter.optimizer() is not optimizer:
+            continue
+        steps = tensor.t
+        if steps == 0:
             continue
         state[number] = {
             "step": torch.tensor(float(steps)),
@@ -321,6 +350,8 @@ def import_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     mine = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(saved) != len(mine) or not any(lora_tensor(parameter) for parameter in mine):
         return state_dict  # torch says what does not fit.
+    for adapter in _in_order(_trained_by(optimizer)):
+        _take_state(optimizer, adapter)
     state = dict(state_dict["state"])
     for number, parameter in zip(saved, mine, strict=True):
         tensor = lora_tensor(parameter)
@@ -331,10 +362,7 @@ def import_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
 
 def _import_tensor(tensor: LoraTensor, state: dict[str, Any] | None, number: int) -> None:
     if not state:
-        if tensor.t > 0:  # The state that is loaded knows nothing of it: back to the beginning.
-            tensor.write(torch.zeros(tensor.shape), EXP_AVG)
-            tensor.write(torch.zeros(tensor.shape), EXP_AVG_SQ)
-            tensor.write_t(0)
+        _reset_state(tensor)  # The state that is loaded knows nothing of it: back to the beginning.
         return
     missing = {"step", "exp_avg", "exp_avg_sq"} - set(state)
     if missing:

@@ -47,6 +47,7 @@ std::vector<DaemonFixture::Rank> DaemonFixture::start_ranks(const Task& task, co
     orders.num_steps = task.num_steps;
     orders.bf16 = task.bf16;
     orders.shared_a = task.shared_a;
+    orders.max_norm = task.max_norm;
     orders.pause_in_step = rank == paused_rank ? pause_in_step : -1;
     ranks.push_back({orders, ChildProcess({KT_RANK_PROCESS_PATH, nlohmann::json(orders).dump()}, orders.output + ".log")});
   }

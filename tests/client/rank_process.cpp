@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <chrono>
 #include <cmath>
@@ -53,7 +54,7 @@ class RankTraining {
  public:
   RankTraining(const RankOrders& orders, Session& session)
       : orders_(orders),
-        task_{orders.seed, orders.world_size, orders.num_steps, orders.bf16, orders.shared_a, {}},
+        task_{orders.seed, orders.world_size, orders.num_steps, orders.bf16, orders.shared_a, orders.max_norm, {}},
         session_(session) {}
 
   Result<TrainingResult> train() {

@@ -75,7 +75,7 @@ std::vector<std::uint8_t> Task::group_of() const {
   return groups;
 }
 
-double Task::scale(double norm) const { return std::min(1.0, kMaxNorm / (norm + 1e-6)) / world_size; }
+double Task::scale(double norm) const { return std::min(1.0, max_norm / (norm + 1e-6)) / world_size; }
 
 MicroBatch::MicroBatch(const Task& task, std::uint32_t step, std::uint32_t micro, std::uint32_t rank)
     : num_tokens(tokens_of(task, step, micro, rank)) {

@@ -7,7 +7,9 @@
 #pragma once
 #include <array>
 #include <cstdint>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -29,10 +31,10 @@ struct Task {
   std::uint32_t num_steps = 20;
   bool bf16 = false;     // Weight format, and what the wire carries.
   bool shared_a = true;  // PEFT's fused layout.
+  double max_norm = 40;  // Of clipping.
 
   static constexpr std::uint32_t kMicroBatches = 2;  // Per step.
   static constexpr std::uint32_t kAdapter = 1;
-  static constexpr double kMaxNorm = 12;  // Clips some steps and leaves others: see the test.
   const TaskSizes sizes = {};
 
   AdapterSpec adapter() const;
@@ -46,6 +48,9 @@ struct Task {
   // torch.nn.utils.clip_grad_norm_'s coefficient over the number of ranks, from the norm of the averaged gradients.
   double scale(double norm) const;
 };
+inline void PrintTo(const Task& task, std::ostream* out) {
+  *out << task.world_size << " ranks, " << task.num_steps << " steps, seed " << task.seed;
+}
 inline constexpr std::array kTensors = {shm::AdapterTensor::kGateA, shm::AdapterTensor::kGateB,
                                         shm::AdapterTensor::kUpA,   shm::AdapterTensor::kUpB,
                                         shm::AdapterTensor::kDownA, shm::AdapterTensor::kDownB};

@@ -63,7 +63,7 @@ def test_an_invalid_address_is_quoted(tiny: Path) -> None:
     assert "CoprocError" in text and "tcp://nowhere" in text
 
 
-@pytest.mark.parametrize("value", [None, "off", ""])
+@pytest.mark.parametrize("value", [None, *(pytest.param(v, marks=pytest.mark.slow) for v in ("off", ""))])
 def test_without_kt_coproc_the_package_is_inert(tiny: Path, value: str | None) -> None:
     code = """
 import sys
@@ -87,10 +87,10 @@ print("inert")
 
 
 ORDERS = [
-    "torch",
     "transformers.modeling_utils",
     "accelerate.accelerator",
     "kt_coproc.client",
+    pytest.param("torch", marks=pytest.mark.slow),
     pytest.param("peft", marks=pytest.mark.slow),
     pytest.param("accelerate", marks=pytest.mark.slow),
     pytest.param("transformers", marks=pytest.mark.slow),

@@ -13,9 +13,12 @@ namespace kt::testing {
 namespace {
 
 bool set_option(CheckpointSpec& spec, const std::string& key, const std::string& value) {
-  const std::map<std::string, std::uint32_t*> counts = {
-      {"layers", &spec.num_layers}, {"experts", &spec.num_experts},           {"top_k", &spec.top_k},
-      {"hidden", &spec.hidden_size}, {"intermediate", &spec.intermediate_size}, {"shards", &spec.num_shards}};
+  const std::map<std::string, std::uint32_t*> counts = {{"layers", &spec.num_layers},
+                                                        {"experts", &spec.num_experts},
+                                                        {"top_k", &spec.top_k},
+                                                        {"hidden", &spec.hidden_size},
+                                                        {"intermediate", &spec.intermediate_size},
+                                                        {"shards", &spec.num_shards}};
   const std::map<std::string, WeightDType> dtypes = {
       {"bf16", WeightDType::kBf16}, {"f16", WeightDType::kF16}, {"f32", WeightDType::kF32}};
   const std::map<std::string, Layout> layouts = {{"per_expert", Layout::kPerExpert}, {"fused", Layout::kFused}};

@@ -49,8 +49,8 @@ class _Loading:
         Raises:
             CoprocError: no daemon; CoprocModelMismatch: another model than the daemon's.
         """
-        if self._plain or self.files is None or not experts.routed_experts(model):
-            return  # Dense, or built from a config.
+        if self._plain or self.files is None or not _autoload.configured() or not experts.routed_experts(model):
+            return  # Dense, built from a config, or the hooks are here because of an explicit connect().
         if self._binding is None:
             client = default_client()
             if self.parallel:
@@ -88,7 +88,8 @@ def patch(modeling_utils: ModuleType) -> None:
 def _from_pretrained(original: Function) -> Function:
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        _autoload.raise_failure()
+        if _autoload.configured():
+            _autoload.raise_failure()
         with _Loading(kwargs):
             result = original(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result

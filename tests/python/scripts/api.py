@@ -23,6 +23,7 @@ upstream = torch.randn(5, 64)
 expected = plain.model.layers[1].mlp.experts(hidden, index, weights)
 expected_gradients = torch.autograd.grad(expected, (hidden, weights), upstream)
 
+
 with kt_coproc.connect(args.address) as client:
     assert client.model["num_experts"] == 8
     experts = kt_coproc.MoEExperts(1, client)
@@ -36,6 +37,18 @@ with kt_coproc.connect(args.address) as client:
         output.backward(upstream.to(dtype))
         torch.testing.assert_close(x.grad.float(), expected_gradients[0], rtol=tolerance, atol=3 * tolerance)
         torch.testing.assert_close(w.grad.float(), expected_gradients[1], rtol=tolerance, atol=3 * tolerance)
+
+    def run_experts(x, experts=experts):
+        return experts(x.sin(), index, weights)
+
+    # Without early stop the recomputation comes to the experts after their backward has used up the activation.
+    with torch.utils.checkpoint.set_checkpoint_early_stop(False):
+        x = hidden.detach().requires_grad_()
+        run = torch.utils.checkpoint.checkpoint(run_experts, x, use_reentrant=False)
+        run.backward(upstream)
+    plainly = hidden.detach().requires_grad_()
+    run_experts(plainly).backward(upstream)
+    assert torch.equal(x.grad, plainly.grad)
     nothing = experts(torch.empty(0, 64, requires_grad=True), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
     assert nothing.shape == (0, 64)
     nothing.sum().backward()
@@ -47,11 +60,12 @@ try:
     raise AssertionError("a closed client works")
 except kt_coproc.CoprocError as error:
     assert "closed" in str(error)
-del experts, output, nothing
+del experts, run_experts, output, nothing, run
 
 client = kt_coproc.connect(args.address)
 assert len(kt_coproc.stats(client)["ranks"]) == 1
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+assert type(model.model.layers[0].mlp.experts).__name__ == "Qwen3MoeExperts", "KT_COPROC is not set"
 assert kt_coproc.attach(model, client) is model and kt_coproc.attach(model, client) is model
 ids = torch.arange(12)[None]
 with torch.no_grad():
