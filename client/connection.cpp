@@ -8,8 +8,8 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "client/watchdog.h"
 #include "shm/control.h"
-#include "shm/doorbell.h"
 
 namespace kt::client {
 namespace {
@@ -82,13 +82,18 @@ Status check_model(const ModelInfo& model) {
 }
 
 json hello_of(const ConnectOptions& options) {
-  json hello = {{"op", "hello"},
-                {"protocol", shm::kProtocolVersion},
-                {"pid", ::getpid()},
-                {"arena_bytes", options.arena_bytes}};
+  json hello = {
+      {"op", "hello"}, {"protocol", shm::kProtocolVersion}, {"pid", ::getpid()}, {"arena_bytes", options.arena_bytes}};
   if (!options.fingerprint.empty()) hello["fingerprint"] = options.fingerprint;
   if (!options.name.empty()) hello["name"] = options.name;
   return hello;
+}
+
+Result<shm::Packet> say_hello(int socket, const std::string& path, const ConnectOptions& options) {
+  auto answer = shm::call(socket, hello_of(options), kHelloTimeout);
+  if (answer.ok() || answer.error().code != ErrorCode::kNotFound || !hung_up(socket)) return answer;
+  return Error{ErrorCode::kCoprocDied, "the co-process at " + path + " closed the connection before it said hello",
+               "it died or is shutting down", "see its log, then start it again with `kt-coproc run`"};
 }
 
 }  // namespace
@@ -96,7 +101,7 @@ json hello_of(const ConnectOptions& options) {
 Result<Connection> open_connection(const ConnectOptions& options) {
   KT_TRY(const std::string path, shm::resolve_socket_path(options.address));
   KT_TRY(UniqueFd socket, shm::connect_daemon(path));
-  KT_TRY(shm::Packet answer, shm::call(socket.get(), hello_of(options), kHelloTimeout));
+  KT_TRY(shm::Packet answer, say_hello(socket.get(), path, options));
   if (answer.descriptors.size() != 3) {
     return strange_hello("it came with " + std::to_string(answer.descriptors.size()) + " descriptors instead of 3");
   }
@@ -114,10 +119,9 @@ Result<Connection> open_connection(const ConnectOptions& options) {
   UniqueFd pidfd = open_peer_pidfd(socket.get());
   KT_TRY(auto segment, shm::Segment::attach(std::move(answer.descriptors[0])));
   KT_TRY(auto status, shm::StatusPageView::attach(std::move(answer.descriptors[1])));
-  return Connection{std::move(socket),  std::move(pidfd),
-                    std::move(segment), std::move(status),
-                    std::move(answer.descriptors[2]), std::move(model),
-                    batch_tokens_max};
+  return Connection{
+      std::move(socket), std::move(pidfd), std::move(segment), std::move(status), std::move(answer.descriptors[2]),
+      std::move(model),  batch_tokens_max};
 }
 
 }  // namespace kt::client

@@ -34,8 +34,8 @@ Error Liveness::error(End end) const {
   const std::string daemon = "the co-process (pid " + std::to_string(daemon_pid_) + ")";
   if (end == End::kClosed) {
     const std::string why = refusal_ ? refusal_->what + ": " + refusal_->why : "it gave no reason on the ring";
-    return Error{ErrorCode::kInvalidArgument, daemon + " lives, but ended this session", why + "; " + last_request_text(),
-                 "connect again; if it comes again, see the daemon's log"};
+    return Error{ErrorCode::kInvalidArgument, daemon + " lives, but ended this session",
+                 why + "; " + last_request_text(), "connect again; if it comes again, see the daemon's log"};
   }
   const std::string restart =
       "start it again with `kt-coproc run --model " + model_path_ + "`, then resume from the last checkpoint";

@@ -49,12 +49,12 @@ Session::~Session() {
 const ModelInfo& Session::model() const { return state_->connection.model; }
 
 Status Session::create_adapter(std::uint32_t adapter_id, const AdapterSpec& spec) {
-  const json request = {{"op", "adapter_create"},
-                        {"adapter", adapter_id},
-                        {"layers", spec.layers},
-                        {"gate_up",
-                         {{"r", spec.gate_up.r}, {"scaling", spec.gate_up.scaling}, {"shared_a", spec.shared_a}}},
-                        {"down", {{"r", spec.down.r}, {"scaling", spec.down.scaling}}}};
+  const json request = {
+      {"op", "adapter_create"},
+      {"adapter", adapter_id},
+      {"layers", spec.layers},
+      {"gate_up", {{"r", spec.gate_up.r}, {"scaling", spec.gate_up.scaling}, {"shared_a", spec.shared_a}}},
+      {"down", {{"r", spec.down.r}, {"scaling", spec.down.scaling}}}};
   KT_TRY_STATUS(state_->control(request));
   const std::lock_guard lock(state_->specs_mutex);
   for (const std::uint32_t layer : spec.layers) state_->specs[{adapter_id, layer}] = spec;

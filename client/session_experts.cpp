@@ -53,7 +53,8 @@ Result<const std::int32_t*> ids_on_the_wire(const std::int32_t* ids, std::size_t
   bool needs_mapping = false;
   for (std::size_t i = 0; i < count; ++i) {
     if (ids[i] < 0) {
-      return invalid("an expert id is negative", "id " + std::to_string(i) + " of the call is " + std::to_string(ids[i]),
+      return invalid("an expert id is negative",
+                     "id " + std::to_string(i) + " of the call is " + std::to_string(ids[i]),
                      "pass ids from 0; an id of num_experts or more contributes nothing");
     }
     needs_mapping |= ids[i] > last;
@@ -130,10 +131,10 @@ Result<LiveActivation> find_activation(const ActivationTable& table, std::uint64
                  "keep it with KEEP (torch: retain_graph=True) when it is needed again"};
   }
   if (activation->num_tokens != num_tokens) {
-    return invalid("activation " + std::to_string(act_id) + " has another number of tokens",
-                   "it was made with " + std::to_string(activation->num_tokens) + ", the call has " +
-                       std::to_string(num_tokens),
-                   "pass as many tokens as to its forward");
+    return invalid(
+        "activation " + std::to_string(act_id) + " has another number of tokens",
+        "it was made with " + std::to_string(activation->num_tokens) + ", the call has " + std::to_string(num_tokens),
+        "pass as many tokens as to its forward");
   }
   return *std::move(activation);
 }
@@ -151,8 +152,7 @@ Status Session::fetch(std::uint64_t act_id, std::uint32_t num_tokens, void* y) {
     request.act_id = chunk.act_id;
     request.num_tokens = chunk.num_tokens;
     const shm::FetchPayload payload(state_->payload_shape(), chunk.num_tokens);
-    KT_TRY_STATUS(
-        state_->run(request, activation.layer, payload.bytes, {}, {{payload.y, offset_by(y, offset)}}));
+    KT_TRY_STATUS(state_->run(request, activation.layer, payload.bytes, {}, {{payload.y, offset_by(y, offset)}}));
     offset += std::uint64_t{chunk.num_tokens} * model.hidden_size * model.element_bytes;
   }
   return ok_status();
@@ -178,10 +178,10 @@ Status Session::backward(std::uint64_t act_id, std::uint8_t flags, std::uint32_t
     request.act_id = chunk.act_id;
     request.num_tokens = chunk.num_tokens;
     const shm::BackwardPayload payload(state_->payload_shape(), chunk.num_tokens);
-    const auto reply = state_->run(request, activation.layer, payload.bytes,
-                                   {{payload.dy, offset_by(dy, begin * row_bytes)}},
-                                   {{payload.dx, offset_by(dx, begin * row_bytes)},
-                                    {payload.dw, offset_by(static_cast<void*>(dw), begin * model.top_k * 4)}});
+    const auto reply =
+        state_->run(request, activation.layer, payload.bytes, {{payload.dy, offset_by(dy, begin * row_bytes)}},
+                    {{payload.dx, offset_by(dx, begin * row_bytes)},
+                     {payload.dw, offset_by(static_cast<void*>(dw), begin * model.top_k * 4)}});
     if (!reply.ok()) {
       status = reply.error();
       break;

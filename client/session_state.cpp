@@ -155,12 +155,24 @@ Result<TensorShape> Session::State::tensor_shape(std::uint32_t adapter_id, const
   const std::uint64_t intermediate = connection.model.intermediate_size;
   TensorShape shape;
   switch (ref.tensor) {
-    case shm::AdapterTensor::kGateA: shape = {spec.gate_up.r, hidden}; break;
-    case shm::AdapterTensor::kGateB: shape = {intermediate, spec.gate_up.r}; break;
-    case shm::AdapterTensor::kUpA: shape = {spec.shared_a ? 0 : spec.gate_up.r, hidden}; break;
-    case shm::AdapterTensor::kUpB: shape = {intermediate, spec.gate_up.r}; break;
-    case shm::AdapterTensor::kDownA: shape = {spec.down.r, intermediate}; break;
-    case shm::AdapterTensor::kDownB: shape = {hidden, spec.down.r}; break;
+    case shm::AdapterTensor::kGateA:
+      shape = {spec.gate_up.r, hidden};
+      break;
+    case shm::AdapterTensor::kGateB:
+      shape = {intermediate, spec.gate_up.r};
+      break;
+    case shm::AdapterTensor::kUpA:
+      shape = {spec.shared_a ? 0 : spec.gate_up.r, hidden};
+      break;
+    case shm::AdapterTensor::kUpB:
+      shape = {intermediate, spec.gate_up.r};
+      break;
+    case shm::AdapterTensor::kDownA:
+      shape = {spec.down.r, intermediate};
+      break;
+    case shm::AdapterTensor::kDownB:
+      shape = {hidden, spec.down.r};
+      break;
   }
   if (shape.rows * shape.cols != 0) return shape;
   return Error{ErrorCode::kNotFound, name + " does not exist",

@@ -1,7 +1,7 @@
 // The rank's side of the ring for many threads: claims slots, waits for replies, frees slots.
 //
-// Each request's slot is claimed under the mutex; nothing waits under it. A request is either awaited by the thread that
-// submitted it (submit … finish), or posted (RELEASE): nobody waits for it, and a later call reaps its reply.
+// Each request's slot is claimed under the mutex; nothing waits under it. A request is either awaited by the thread
+// that submitted it (submit … finish), or posted (RELEASE): nobody waits for it, and a later call reaps its reply.
 #pragma once
 #include <array>
 #include <condition_variable>
@@ -59,7 +59,7 @@ class Submission {
 
   Status check_open() const;
   Result<std::uint64_t> claim(std::unique_lock<std::mutex>& lock, const shm::Request& request);
-  void reap_posted();                                       // Under mutex_.
+  void reap_posted();                                      // Under mutex_.
   void wait_for_slot(std::unique_lock<std::mutex>& lock);  // Unlocks while it waits.
 
   const shm::Segment& segment_;

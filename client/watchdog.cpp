@@ -32,7 +32,11 @@ bool process_ended(int pidfd, int timeout_ms) { return pidfd >= 0 && poll_one(pi
 bool hung_up(int socket) { return poll_one(socket, POLLRDHUP, 0); }
 
 Watchdog::Watchdog(int socket, int pidfd, const shm::Segment& segment, Liveness& liveness, Hooks hooks)
-    : socket_(socket), pidfd_(pidfd), segment_(segment), liveness_(liveness), hooks_(std::move(hooks)),
+    : socket_(socket),
+      pidfd_(pidfd),
+      segment_(segment),
+      liveness_(liveness),
+      hooks_(std::move(hooks)),
       stop_(::eventfd(0, EFD_CLOEXEC)) {
   KT_CHECK(stop_.valid());
   sigset_t all;

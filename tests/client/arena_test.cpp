@@ -19,7 +19,8 @@ using testing::HangWatchdog;
 using testing::wait_until;
 
 struct AlignedMemory {
-  explicit AlignedMemory(std::size_t size) : bytes(size), data(static_cast<std::byte*>(std::aligned_alloc(4096, size))) {}
+  explicit AlignedMemory(std::size_t size)
+      : bytes(size), data(static_cast<std::byte*>(std::aligned_alloc(4096, size))) {}
   ~AlignedMemory() { std::free(data); }
   AlignedMemory(const AlignedMemory&) = delete;
   AlignedMemory& operator=(const AlignedMemory&) = delete;

@@ -17,9 +17,11 @@ void DaemonFixture::start_daemon(bool bf16) {
   spec.dtype = bf16 ? kt::testing::WeightDType::kBf16 : kt::testing::WeightDType::kF32;
   checkpoint_ = kt::testing::write_checkpoint(directory_.path() / "model", spec);
   ASSERT_EQ(checkpoint_.moe_layers, sizes.moe_layers);
-  const std::vector<std::string> command = {
-      KT_COPROC_PATH,    "run",       "--model",         checkpoint_.path, "--socket", directory_.file("kt.sock"),
-      "--weight-format", bf16 ? "bf16" : "fp32", "--threads", "2"};
+  const std::vector<std::string> command = {KT_COPROC_PATH,    "run",
+                                            "--model",         checkpoint_.path,
+                                            "--socket",        directory_.file("kt.sock"),
+                                            "--weight-format", bf16 ? "bf16" : "fp32",
+                                            "--threads",       "2"};
   daemon_ = std::make_unique<ChildProcess>(command, directory_.file("daemon.log"));
   wait_until([&] { return daemon_serves() || !daemon_->is_running(); });
   ASSERT_TRUE(daemon_->is_running()) << daemon_->log();
@@ -49,7 +51,8 @@ std::vector<DaemonFixture::Rank> DaemonFixture::start_ranks(const Task& task, co
     orders.shared_a = task.shared_a;
     orders.max_norm = task.max_norm;
     orders.pause_in_step = rank == paused_rank ? pause_in_step : -1;
-    ranks.push_back({orders, ChildProcess({KT_RANK_PROCESS_PATH, nlohmann::json(orders).dump()}, orders.output + ".log")});
+    ranks.push_back(
+        {orders, ChildProcess({KT_RANK_PROCESS_PATH, nlohmann::json(orders).dump()}, orders.output + ".log")});
   }
   return ranks;
 }

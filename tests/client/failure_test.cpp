@@ -1,6 +1,9 @@
 // Ranks and daemons that are killed in the middle of a training: who hears of it, and who does not.
 #include <signal.h>
 
+#include <chrono>
+#include <thread>
+
 #include "shm/base/result.h"
 #include "tests/client/daemon_fixture.h"
 
@@ -57,8 +60,11 @@ TEST_F(Failure, ARankKilledInMidStepEndsItsJobAndNothingElse) {
 TEST_F(Failure, ADaemonThatIsKilledIsNamedByEveryRankAndNobodyHangs) {
   ASSERT_NO_FATAL_FAILURE(start_daemon(false));
   auto ranks = start_ranks({9, 2, 4, false, true}, "job", 1, 1);
-  auto busy = start_ranks({10, 1, 1'000'000, false, true}, "busy");  // Always has something in flight.
+  auto busy = start_ranks({10, 1, 1'000'000, false, true}, "busy", 0);
+  ASSERT_NO_FATAL_FAILURE(wait_paused(busy[0]));
   ASSERT_NO_FATAL_FAILURE(wait_paused(ranks[1]));
+  resume(busy[0]);  // From now on it always has something in flight.
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
   daemon_->signal(SIGKILL);
   EXPECT_EQ(daemon_->wait(), 128 + SIGKILL);
   resume(ranks[1]);

@@ -145,6 +145,10 @@ void FakeDaemon::answer_control() {
   }
   const json& body = packet.value().body;
   const bool is_hello = body.at("op") == "hello";
+  if (is_hello && hang_up_at_hello_) {
+    socket_.reset();
+    return;
+  }
   json answer = is_hello ? hello_reply() : json{{"ok", true}, {"step", 7}};
   {
     const std::lock_guard lock(mutex_);
@@ -164,8 +168,7 @@ void FakeDaemon::answer_control() {
   segment_.emplace(std::move(segment).value());
   doorbell_ = std::move(doorbell).value();
   ring_.emplace(*segment_);
-  static_cast<void>(
-      shm::send_packet(socket_.get(), answer, {segment_->fd(), status_->fd(), doorbell_.get()}).ok());
+  static_cast<void>(shm::send_packet(socket_.get(), answer, {segment_->fd(), status_->fd(), doorbell_.get()}).ok());
 }
 
 void FakeDaemon::take_requests() {
@@ -202,16 +205,22 @@ float* FakeDaemon::floats(const shm::Request& request, const shm::Part& part) co
 
 std::optional<Error> FakeDaemon::perform(const shm::Request& request, shm::Reply& reply) {
   switch (request.verb) {
-    case shm::Verb::kForward: return forward(request);
-    case shm::Verb::kBackward: return backward(request);
-    case shm::Verb::kRelease: activations_.erase(request.act_id); break;
+    case shm::Verb::kForward:
+      return forward(request);
+    case shm::Verb::kBackward:
+      return backward(request);
+    case shm::Verb::kRelease:
+      activations_.erase(request.act_id);
+      break;
     case shm::Verb::kFetch: {
       const Kept& kept = activations_.at(request.act_id);
       std::copy(kept.y.begin(), kept.y.end(), floats(request, shm::FetchPayload(shape(), request.num_tokens).y));
       break;
     }
     case shm::Verb::kRead:
-    case shm::Verb::kWrite: read_or_write(request); break;
+    case shm::Verb::kWrite:
+      read_or_write(request);
+      break;
     case shm::Verb::kNorm: {
       const auto* const groups = reinterpret_cast<const std::uint8_t*>(segment_->arena() + request.payload_offset);
       const std::size_t count = std::size_t{model_.num_layers} * shm::kNumAdapterTensors;
@@ -219,7 +228,8 @@ std::optional<Error> FakeDaemon::perform(const shm::Request& request, shm::Reply
           std::count_if(groups, groups + count, [](std::uint8_t group) { return group != shm::kFrozen; }));
       break;
     }
-    default: break;
+    default:
+      break;
   }
   return std::nullopt;
 }
@@ -265,8 +275,8 @@ std::optional<Error> FakeDaemon::backward(const shm::Request& request) {
 
 void FakeDaemon::read_or_write(const shm::Request& request) {
   const bool is_a = request.tensor == shm::AdapterTensor::kGateA || request.tensor == shm::AdapterTensor::kUpA;
-  const std::uint64_t width = is_a || request.tensor == shm::AdapterTensor::kDownB ? model_.hidden_size
-                                                                                  : model_.intermediate_size;
+  const std::uint64_t width =
+      is_a || request.tensor == shm::AdapterTensor::kDownB ? model_.hidden_size : model_.intermediate_size;
   const std::uint64_t elements = request.kind == shm::TensorKind::kT ? 1 : width * adapter_r_;
   float* value = floats(request, shm::TensorPayload(request.num_experts, elements, 1).values);
   for (std::uint32_t expert = request.first_expert; expert < request.first_expert + request.num_experts; ++expert) {

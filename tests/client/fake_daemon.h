@@ -39,7 +39,8 @@ class FakeDaemon {
   std::string address() const { return "unix:" + socket_path_; }
   // The next control answers, instead of the usual ones: a refusal, a strange hello.
   void answer_next(nlohmann::json answer);
-  nlohmann::json hello() const;  // As it was received.
+  void hang_up_at_hello() { hang_up_at_hello_ = true; }  // Instead of an answer.
+  nlohmann::json hello() const;                          // As it was received.
 
   // Requests in the order they came.
   std::vector<shm::Request> requests() const;
@@ -92,8 +93,9 @@ class FakeDaemon {
   bool hang_up_ = false;
   bool stop_ = false;
 
-  std::deque<shm::ReceivedRequest> unanswered_;                    // The thread's own.
+  std::deque<shm::ReceivedRequest> unanswered_;         // The thread's own.
   std::map<std::uint32_t, std::vector<float>> values_;  // The thread's: the last tensor written, by expert.
+  std::atomic<bool> hang_up_at_hello_ = false;
   std::atomic<bool> client_left_ = false;
   std::thread thread_;
 };

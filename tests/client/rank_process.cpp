@@ -69,8 +69,7 @@ class RankTraining {
       // Every rank's backwards are in S, and none steps before this rank does.
       if (step == 0) KT_TRY_STATUS(read_all(shm::TensorKind::kGrad, result_.first));
       result_.norms.push_back(std::sqrt(squares) / task_.world_size);
-      KT_TRY_STATUS(
-          session_.step(Task::kAdapter, task_.scale(result_.norms.back()), task_.groups(step), group_of));
+      KT_TRY_STATUS(session_.step(Task::kAdapter, task_.scale(result_.norms.back()), task_.groups(step), group_of));
     }
     KT_TRY_STATUS(read_all(shm::TensorKind::kParam, result_.params));
     return result_;
@@ -85,8 +84,8 @@ class RankTraining {
         std::vector<float> values = task_.initial_values(layer, tensor);
         if (values.empty()) continue;
         if (orders_.rank != 0) std::fill(values.begin(), values.end(), 7.0f);
-        KT_TRY_STATUS(session_.write(
-            Task::kAdapter, {shm::TensorKind::kParam, layer, tensor, 0, task_.sizes.num_experts}, values));
+        KT_TRY_STATUS(session_.write(Task::kAdapter,
+                                     {shm::TensorKind::kParam, layer, tensor, 0, task_.sizes.num_experts}, values));
       }
     }
     if (task_.world_size == 1) return ok_status();
@@ -122,7 +121,8 @@ class RankTraining {
       const WireRows dy(h, task_.bf16);
       WireRows dx(h.size(), task_.bf16);
       std::vector<float> dw(data.weights[moe].size());
-      KT_TRY_STATUS(session_.backward(act_ids[moe], shm::kAccumulate, data.num_tokens, dy.data(), dx.data(), dw.data()));
+      KT_TRY_STATUS(
+          session_.backward(act_ids[moe], shm::kAccumulate, data.num_tokens, dy.data(), dx.data(), dw.data()));
       add(h, dx);
       if (is_first) result_.first["dw." + std::to_string(task_.sizes.moe_layers[moe])].assign(dw.begin(), dw.end());
     }

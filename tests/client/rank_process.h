@@ -1,5 +1,5 @@
-// The command line of test_rank_process: one JSON object. It trains a Task as one rank and writes its TrainingResult, or
-// the Error it got, as JSON.
+// The command line of test_rank_process: one JSON object. It trains a Task as one rank and writes its TrainingResult,
+// or the Error it got, as JSON.
 #pragma once
 #include <cstdint>
 #include <nlohmann/json.hpp>
@@ -17,8 +17,8 @@ struct RankOrders {
   double max_norm = 0;
   // In this step, after the first micro-batch: creates paused_file() and waits for resume_file(). -1: never.
   std::int64_t pause_in_step = -1;
-  NLOHMANN_DEFINE_TYPE_INTRUSIVE(RankOrders, address, output, job_id, seed, rank, world_size, num_steps, bf16, shared_a, max_norm,
-                                 pause_in_step)
+  NLOHMANN_DEFINE_TYPE_INTRUSIVE(RankOrders, address, output, job_id, seed, rank, world_size, num_steps, bf16, shared_a,
+                                 max_norm, pause_in_step)
 
   std::string paused_file() const { return output + ".paused"; }
   std::string resume_file() const { return output + ".resume"; }

@@ -52,7 +52,8 @@ class ReferenceTraining {
       for (std::uint32_t micro = 0; micro < Task::kMicroBatches; ++micro) {
         for (std::uint32_t rank = 0; rank < task_.world_size; ++rank) run_micro_batch(step, micro, rank);
       }
-      if (step == 0) each_tensor([&](std::size_t moe, std::size_t tensor, const std::string& key) {
+      if (step == 0)
+        each_tensor([&](std::size_t moe, std::size_t tensor, const std::string& key) {
           results_[0].first[key] = sums_[moe][tensor];
         });
       take_step(step);
@@ -138,8 +139,8 @@ class ReferenceTraining {
 
   const Task& task_;
   const std::vector<std::uint8_t> group_of_;
-  std::vector<ReferenceLayer> layers_;                                                   // Per MoE layer.
-  std::vector<LoraTensors> sums_;                                                        // S.
+  std::vector<ReferenceLayer> layers_;  // Per MoE layer.
+  std::vector<LoraTensors> sums_;       // S.
   std::vector<std::array<kt::test::ReferenceMoments, kt::test::kNumLoraTensors>> moments_;
   std::vector<TrainingResult> results_;  // Per rank.
 };

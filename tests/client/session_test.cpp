@@ -1,90 +1,24 @@
-// A Session against a daemon in this process: splitting, releases, errors, shutdown. Death: failure_test.cpp.
+// A Session against a daemon in this process: hello, splitting, releases, tensors, collectives, many threads.
 #include "client/session.h"
 
-#include <sys/wait.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstring>
-#include <memory>
 #include <numeric>
-#include <random>
-#include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
-#include "tests/client/client_test.h"
-#include "tests/client/fake_daemon.h"
+#include "tests/client/session_call.h"
 
 namespace kt::client {
 namespace {
 
+using testing::Call;
+using testing::connect;
+using testing::count_verb;
 using testing::FakeDaemon;
 using testing::FakeModel;
 using testing::HangWatchdog;
 using testing::wait_until;
-
-std::unique_ptr<Session> connect(const FakeDaemon& daemon, std::uint64_t arena_bytes = shm::kArenaBytesMin) {
-  ConnectOptions options;
-  options.address = daemon.address();
-  options.arena_bytes = arena_bytes;
-  auto session = Session::connect(options);
-  EXPECT_TRUE(session.ok()) << session.error().text();
-  return std::move(session).value();
-}
-
-// The tensors of one experts call, and what the fake daemon makes of them.
-struct Call {
-  Call(const FakeModel& model, std::uint32_t tokens, unsigned seed)
-      : num_tokens(tokens), hidden(model.hidden_size), top_k(model.top_k) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    const auto fill = [&](std::vector<float>& values, std::size_t count) {
-      values.resize(count);
-      for (float& value : values) value = normal(random);
-    };
-    fill(x, tokens * hidden);
-    fill(dy, tokens * hidden);
-    fill(weights, tokens * top_k);
-    ids.resize(tokens * top_k);
-    for (std::int32_t& id : ids) id = static_cast<std::int32_t>(random() % model.num_experts);
-    y.resize(x.size());
-    dx.resize(x.size());
-    dw.resize(weights.size());
-  }
-  Status forward(Session& session, std::uint64_t act_id, std::uint8_t flags = 0) {
-    return session.forward(1, 1, act_id, flags, num_tokens, x.data(), ids.data(), weights.data(), y.data());
-  }
-  Status backward(Session& session, std::uint64_t act_id, std::uint8_t flags = 0) {
-    return session.backward(act_id, flags, num_tokens, dy.data(), dx.data(), dw.data());
-  }
-  void expect_forward() const {
-    for (std::size_t i = 0; i < x.size(); ++i) {
-      float sum = 0;
-      for (std::size_t j = i / hidden * top_k; j < (i / hidden + 1) * top_k; ++j) {
-        sum += weights[j] * static_cast<float>(ids[j] + 1);
-      }
-      ASSERT_EQ(y[i], x[i] + sum) << "element " << i;
-    }
-  }
-  void expect_backward() const {
-    for (std::size_t i = 0; i < dx.size(); ++i) ASSERT_EQ(dx[i], 2 * dy[i]) << "element " << i;
-    for (std::size_t i = 0; i < dw.size(); ++i) {
-      ASSERT_EQ(dw[i], dy[i / top_k * hidden] + static_cast<float>(ids[i])) << "element " << i;
-    }
-  }
-
-  std::uint32_t num_tokens;
-  std::size_t hidden, top_k;
-  std::vector<float> x, y, dy, dx, weights, dw;
-  std::vector<std::int32_t> ids;
-};
-
-std::size_t count_verb(const FakeDaemon& daemon, shm::Verb verb) {
-  const auto requests = daemon.requests();
-  return static_cast<std::size_t>(
-      std::count_if(requests.begin(), requests.end(), [verb](const auto& request) { return request.verb == verb; }));
-}
 
 TEST(Session, HelloSaysWhoWeAreAndTheModelComesBack) {
   const HangWatchdog watchdog;
@@ -126,6 +60,17 @@ TEST(Session, AHelloThatIsNotUnderstoodIsAVersionMismatch) {
   const auto session = Session::connect(options);
   ASSERT_FALSE(session.ok());
   EXPECT_EQ(session.error().code, ErrorCode::kVersionMismatch);
+}
+
+TEST(Session, ADaemonThatGoesAwayDuringHelloIsDead) {
+  const HangWatchdog watchdog;
+  FakeDaemon daemon;
+  daemon.hang_up_at_hello();
+  ConnectOptions options;
+  options.address = daemon.address();
+  const auto session = Session::connect(options);
+  ASSERT_FALSE(session.ok());
+  EXPECT_EQ(session.error().code, ErrorCode::kCoprocDied) << session.error().text();
 }
 
 TEST(Session, ACallLargerThanTheArenaIsSplitAndGivesTheSame) {
@@ -370,105 +315,6 @@ TEST(Session, ManyThreadsShareASmallArena) {
   }
   for (std::thread& thread : threads) thread.join();
   wait_until([&] { return daemon.num_live_activations() == 0; });
-}
-
-TEST(Session, AShutdownCompletesWhatIsInFlightAndIsNamedAfterwards) {
-  const HangWatchdog watchdog;
-  const FakeModel model;
-  FakeDaemon daemon(model);
-  const auto session = connect(daemon);
-  Call call(model, 5, 8);
-  daemon.hold(true);
-  std::thread in_flight([&] { EXPECT_TRUE(call.forward(*session, 0).ok()); });
-  wait_until([&] { return daemon.requests().size() == 1; });
-  daemon.shut_down();
-  daemon.hold(false);
-  in_flight.join();
-  call.expect_forward();
-  daemon.hang_up();
-  wait_until([&] { return !session->daemon_alive(); });
-  for (const Status& status : {call.forward(*session, 0), session->barrier(1), session->delete_adapter(1)}) {
-    ASSERT_FALSE(status.ok());
-    EXPECT_EQ(status.error().code, ErrorCode::kCoprocDied);
-    EXPECT_NE(status.error().what.find("shut down"), std::string::npos) << status.error().text();
-    EXPECT_NE(status.error().what.find(std::to_string(::getpid())), std::string::npos) << "names the daemon's pid";
-  }
-}
-
-TEST(Session, ASessionThatTheDaemonEndsIsNotADeadDaemon) {
-  const HangWatchdog watchdog;
-  const FakeModel model;
-  FakeDaemon daemon(model);
-  const auto session = connect(daemon);
-  Call call(model, 5, 9);
-  daemon.refuse_next({ErrorCode::kInvalidArgument, "a malformed request", "layer is 99", "fix it"});
-  EXPECT_EQ(call.forward(*session, 0).error().code, ErrorCode::kInvalidArgument);
-  daemon.hold(true);
-  std::thread waiter([&] {
-    const Status status = call.forward(*session, 0);
-    ASSERT_FALSE(status.ok());
-    EXPECT_EQ(status.error().code, ErrorCode::kInvalidArgument);
-    for (const float value : call.y) EXPECT_TRUE(std::isnan(value));
-  });
-  wait_until([&] { return daemon.requests().size() == 2; });
-  daemon.hang_up();
-  waiter.join();
-  const Status later = session->barrier(1);
-  ASSERT_FALSE(later.ok());
-  EXPECT_EQ(later.error().code, ErrorCode::kInvalidArgument);
-  EXPECT_NE(later.error().why.find("layer is 99"), std::string::npos) << later.error().text();
-  EXPECT_TRUE(session->daemon_alive());
-  const Status control = session->delete_adapter(1);
-  ASSERT_FALSE(control.ok());
-  EXPECT_EQ(control.error().code, ErrorCode::kInvalidArgument);
-}
-
-TEST(Session, AForkedChildIsRefusedAndDoesNotKeepTheSessionOpen) {
-  const HangWatchdog watchdog;
-  const FakeModel model;
-  FakeDaemon daemon(model);
-  auto session = connect(daemon);
-  Call call(model, 5, 10);
-  const std::uint64_t act_id = session->new_act_id();
-  ASSERT_TRUE(call.forward(*session, act_id).ok());
-  int wait_for_parent[2];
-  ASSERT_EQ(::pipe(wait_for_parent), 0);
-  const pid_t child = ::fork();
-  if (child == 0) {
-    ::close(wait_for_parent[1]);
-    const bool refused = call.forward(*session, 0).error().code == ErrorCode::kUnsupported &&
-                         session->barrier(1).error().code == ErrorCode::kUnsupported &&
-                         session->delete_adapter(1).error().code == ErrorCode::kUnsupported;
-    session->release(act_id);
-    session.reset();
-    char byte = 0;
-    const bool parent_closed = ::read(wait_for_parent[0], &byte, 1) == 0;  // Lives on while the parent leaves.
-    ::_exit(refused && parent_closed ? 0 : 1);
-  }
-  ::close(wait_for_parent[0]);
-  EXPECT_EQ(daemon.num_live_activations(), 1u);
-  ASSERT_TRUE(call.backward(*session, act_id).ok()) << "the child's use and destructor changed nothing";
-  session.reset();
-  wait_until([&] { return daemon.client_left(); });
-  ::close(wait_for_parent[1]);
-  int status = 0;
-  ASSERT_EQ(::waitpid(child, &status, 0), child);
-  EXPECT_EQ(status, 0);
-}
-
-TEST(Session, DestroyingASessionWithHeldReleasesAndADeadDaemonDoesNotHang) {
-  const HangWatchdog watchdog;
-  const FakeModel model;
-  auto daemon = std::make_unique<FakeDaemon>(model);
-  auto session = connect(*daemon);
-  Call call(model, 5, 11);
-  const std::uint64_t act_id = session->new_act_id();
-  ASSERT_TRUE(call.forward(*session, act_id).ok());
-  daemon->hold(true);
-  session->release(act_id);
-  wait_until([&] { return count_verb(*daemon, shm::Verb::kRelease) == 1; });
-  daemon.reset();
-  session.reset();
 }
 
 }  // namespace

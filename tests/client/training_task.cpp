@@ -42,12 +42,17 @@ AdapterSpec Task::adapter() const { return {sizes.moe_layers, {4, 2.0}, shared_a
 std::array<std::uint64_t, 2> Task::tensor_shape(shm::AdapterTensor tensor) const {
   const AdapterSpec spec = adapter();
   switch (tensor) {
-    case shm::AdapterTensor::kGateA: return {spec.gate_up.r, sizes.hidden_size};
+    case shm::AdapterTensor::kGateA:
+      return {spec.gate_up.r, sizes.hidden_size};
     case shm::AdapterTensor::kGateB:
-    case shm::AdapterTensor::kUpB: return {sizes.intermediate_size, spec.gate_up.r};
-    case shm::AdapterTensor::kUpA: return {shared_a ? 0 : spec.gate_up.r, sizes.hidden_size};
-    case shm::AdapterTensor::kDownA: return {spec.down.r, sizes.intermediate_size};
-    case shm::AdapterTensor::kDownB: return {sizes.hidden_size, spec.down.r};
+    case shm::AdapterTensor::kUpB:
+      return {sizes.intermediate_size, spec.gate_up.r};
+    case shm::AdapterTensor::kUpA:
+      return {shared_a ? 0 : spec.gate_up.r, sizes.hidden_size};
+    case shm::AdapterTensor::kDownA:
+      return {spec.down.r, sizes.intermediate_size};
+    case shm::AdapterTensor::kDownB:
+      return {sizes.hidden_size, spec.down.r};
   }
   return {0, 0};
 }

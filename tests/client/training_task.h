@@ -73,9 +73,9 @@ std::string tensor_key(std::uint32_t layer, shm::AdapterTensor tensor);
 
 // What a training leaves behind: one rank's, or the reference's for all ranks.
 struct TrainingResult {
-  std::vector<double> losses;                        // Per step and micro-batch of this rank.
-  std::vector<double> norms;                         // Per step, of the averaged gradients, before clipping.
-  std::map<std::string, std::vector<double>> first;  // Of step 0: "dx", "dw.<layer>" of micro-batch 0, gradient sums.
+  std::vector<double> losses;                         // Per step and micro-batch of this rank.
+  std::vector<double> norms;                          // Per step, of the averaged gradients, before clipping.
+  std::map<std::string, std::vector<double>> first;   // Of step 0: "dx", "dw.<layer>" of micro-batch 0, gradient sums.
   std::map<std::string, std::vector<double>> params;  // At the end, by tensor_key.
   NLOHMANN_DEFINE_TYPE_INTRUSIVE(TrainingResult, losses, norms, first, params)
 };

@@ -46,8 +46,7 @@ void expect_moved(const Task& task, const std::map<std::string, std::vector<doub
       const std::string key = tensor_key(layer, tensor);
       ASSERT_TRUE(params.contains(key)) << key;
       const double change = relative_l2(params.at(key), {initial.begin(), initial.end()});
-      const bool frozen =
-          group_of[layer * shm::kNumAdapterTensors + static_cast<std::size_t>(tensor)] == shm::kFrozen;
+      const bool frozen = group_of[layer * shm::kNumAdapterTensors + static_cast<std::size_t>(tensor)] == shm::kFrozen;
       EXPECT_TRUE(frozen ? change == 0 : change > 0.01) << key << " changed by " << change;
     }
   }

@@ -17,7 +17,8 @@ def without(packet, key):
 
 MALFORMED = [
     b"garbage", b"\xff\x00\xfe", b"{", b"[]", b"5", b"null", b'"op"', b"{}", b'{"op":5}', b'{"op":""}',
-    b'{"op":"root"}', b"[" * 4096, b'{"op":"hello"' + b" " * 5000, b'{"op":"status","x":"' + b"a" * 4096 + b'"}', b'{"ok":true}',
+    b'{"op":"root"}', b"[" * 4096, b'{"op":"hello"' + b" " * 5000,
+    b'{"op":"status","x":"' + b"a" * 4096 + b'"}', b'{"ok":true}',
     b'{"op":"status"}{"op":"status"}',
 ]
 MALFORMED_HELLOS = [

@@ -26,13 +26,14 @@ parser.add_argument("--resume")
 parser.add_argument("--evaluate", type=int, default=0)
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--experts-only", action="store_true")
+parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--workers", type=int, default=0)
 args = parser.parse_args()
 
 set_seed(0)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(args.model)
-set_seed(1)
+set_seed(args.seed)
 lora = LoraConfig(
     r=4,
     lora_alpha=8,
@@ -77,7 +78,7 @@ arguments = TrainingArguments(
     eval_steps=args.evaluate or 500,
     use_cpu=True,
     disable_tqdm=True,
-    seed=3,
+    seed=2 + args.seed,
     bf16=args.bf16,
     dataloader_num_workers=args.workers,
     **checkpointing,
