@@ -1,8 +1,8 @@
 """PEP 517 backend: scikit-build-core, with torch required for the build only where the environment has none.
 
-The extension must be built against the torch it will be loaded with. pip builds in an isolated environment that hides the
-user's packages, so a plain build requirement on torch would download another one; CMakeLists.txt looks for the torch of
-the interpreter's own site-packages instead.
+The extension must be built against the torch it will be loaded with. pip builds in an isolated environment that hides
+the user's packages, so a plain build requirement on torch would download another one; CMakeLists.txt looks for the
+torch of the interpreter's own site-packages instead.
 """
 
 import importlib.util

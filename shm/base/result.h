@@ -83,8 +83,7 @@ inline Status ok_status() { return Status(std::monostate{}); }
 inline Error os_error(const char* call, const std::string& subject, std::string fix) {
   const int saved = errno;
   return Error{ErrorCode::kOs, std::string(call) + "(" + subject + ") failed",
-               std::string(std::strerror(saved)) + " (errno " + std::to_string(saved) + ")",
-               std::move(fix)};
+               std::string(std::strerror(saved)) + " (errno " + std::to_string(saved) + ")", std::move(fix)};
 }
 
 // Our bug, not the user's: message and abort. Never on bytes another process can write.
@@ -104,15 +103,14 @@ inline Error os_error(const char* call, const std::string& subject, std::string 
 // KT_TRY(auto segment, Segment::open(name)); returns the error to the caller, or binds the value.
 #define KT_CONCAT_INNER(a, b) a##b
 #define KT_CONCAT(a, b) KT_CONCAT_INNER(a, b)
-#define KT_TRY(declaration, expression) \
-  KT_TRY_IMPL(KT_CONCAT(kt_try_, __COUNTER__), declaration, expression)
+#define KT_TRY(declaration, expression) KT_TRY_IMPL(KT_CONCAT(kt_try_, __COUNTER__), declaration, expression)
 #define KT_TRY_IMPL(result, declaration, expression)  \
   auto result = (expression);                         \
   if (!result.ok()) return std::move(result).error(); \
   declaration = std::move(result).value()
 // KT_TRY_STATUS(expression); the same for a Status.
-#define KT_TRY_STATUS(expression)                                            \
-  do {                                                                       \
+#define KT_TRY_STATUS(expression)                                                            \
+  do {                                                                                       \
     if (auto kt_status = (expression); !kt_status.ok()) return std::move(kt_status).error(); \
   } while (false)
 

@@ -1,4 +1,4 @@
-"""Fails when an #include goes against the floors (see ARCHITECTURE.md), or a top-level folder is not one of the house."""
+"""Fails when an #include goes against the floors (see ARCHITECTURE.md), or a top-level folder is a new one."""
 
 import pathlib
 import re

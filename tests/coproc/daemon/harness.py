@@ -104,16 +104,32 @@ class DaemonTest(unittest.TestCase):
     def sparse_checkpoint(directory, experts, hidden, intermediate):
         """A checkpoint of one layer whose weights are all zero: it takes no space on disk, whatever its size."""
         directory.mkdir()
-        (directory / "config.json").write_text(json.dumps({
-            "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_hidden_layers": 1,
-            "num_experts": experts, "num_experts_per_tok": 1, "hidden_size": hidden,
-            "moe_intermediate_size": intermediate, "hidden_act": "silu"}))
+        (directory / "config.json").write_text(
+            json.dumps(
+                {
+                    "architectures": ["Qwen3MoeForCausalLM"],
+                    "model_type": "qwen3_moe",
+                    "num_hidden_layers": 1,
+                    "num_experts": experts,
+                    "num_experts_per_tok": 1,
+                    "hidden_size": hidden,
+                    "moe_intermediate_size": intermediate,
+                    "hidden_act": "silu",
+                }
+            )
+        )
         gate_up, down = [experts, 2 * intermediate, hidden], [experts, hidden, intermediate]
         middle, end = 2 * math.prod(gate_up), 2 * (math.prod(gate_up) + math.prod(down))
-        header = json.dumps({
-            "model.layers.0.mlp.experts.gate_up_proj": {"dtype": "BF16", "shape": gate_up, "data_offsets": [0, middle]},
-            "model.layers.0.mlp.experts.down_proj": {"dtype": "BF16", "shape": down, "data_offsets": [middle, end]},
-        }).encode()
+        header = json.dumps(
+            {
+                "model.layers.0.mlp.experts.gate_up_proj": {
+                    "dtype": "BF16",
+                    "shape": gate_up,
+                    "data_offsets": [0, middle],
+                },
+                "model.layers.0.mlp.experts.down_proj": {"dtype": "BF16", "shape": down, "data_offsets": [middle, end]},
+            }
+        ).encode()
         with open(directory / "model.safetensors", "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             file.truncate(8 + len(header) + end)
@@ -124,15 +140,27 @@ class DaemonTest(unittest.TestCase):
 
     def coproc(self, *arguments, **variables):
         """Runs kt-coproc to its end."""
-        return subprocess.run(self.command(*arguments), env={**self.environment, **variables}, text=True,
-                              capture_output=True, timeout=WATCHDOG_SECONDS, cwd=self.directory, check=False)
+        return subprocess.run(
+            self.command(*arguments),
+            env={**self.environment, **variables},
+            text=True,
+            capture_output=True,
+            timeout=WATCHDOG_SECONDS,
+            cwd=self.directory,
+            check=False,
+        )
 
     def start(self, *flags, model=None, ready=True, **variables):
         """Starts a daemon. Its log is `process.log`, a file."""
         log = self.directory / f"daemon-{time.monotonic_ns()}.log"
         with open(log, "wb") as stream:
-            process = subprocess.Popen(self.command("run", "--model", model or self.model, *flags), cwd=self.directory,
-                                       env={**self.environment, **variables}, stdin=subprocess.DEVNULL, stderr=stream)
+            process = subprocess.Popen(
+                self.command("run", "--model", model or self.model, *flags),
+                cwd=self.directory,
+                env={**self.environment, **variables},
+                stdin=subprocess.DEVNULL,
+                stderr=stream,
+            )
         process.log = log
         self.addCleanup(self.kill, process)
         if ready:

@@ -17,8 +17,13 @@ class Exec(DaemonTest):
         return self.coproc("exec", "--model", self.model, "--threads", 1, "--", *command, **variables)
 
     def start_exec(self, *command):
-        process = subprocess.Popen(self.command("exec", "--model", self.model, "--", *command), env=self.environment,
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            self.command("exec", "--model", self.model, "--", *command),
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         self.addCleanup(process.stdout.close)
         self.addCleanup(self.kill, process)
         return process
@@ -61,8 +66,12 @@ class Exec(DaemonTest):
 
     def test_a_signal_while_the_daemon_loads_ends_both(self):
         model = self.sparse_checkpoint(self.directory / "large", experts=96, hidden=2048, intermediate=1024)
-        process = subprocess.Popen(self.command("exec", "--model", model, "--threads", 1, "--", "true"),
-                                   env=self.environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            self.command("exec", "--model", model, "--threads", 1, "--", "true"),
+            env=self.environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         self.addCleanup(process.stderr.close)
         self.addCleanup(self.kill, process)
         while "compute workers" not in process.stderr.readline():

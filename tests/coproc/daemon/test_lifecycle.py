@@ -10,10 +10,35 @@ import unittest
 
 from harness import BINARY, WATCHDOG_SECONDS, DaemonTest, main, wait_until
 
-STATUS_KEYS = {"schema", "version", "pid", "daemon_id", "state", "uptime_seconds", "load", "model", "kernels",
-               "numa_nodes", "worker_threads", "memory_bytes", "jobs", "ranks", "rates", "totals"}
-MODEL_KEYS = {"path", "architecture", "fingerprint", "num_layers", "num_experts", "top_k", "hidden_size",
-              "intermediate_size", "weight_format"}
+STATUS_KEYS = {
+    "schema",
+    "version",
+    "pid",
+    "daemon_id",
+    "state",
+    "uptime_seconds",
+    "load",
+    "model",
+    "kernels",
+    "numa_nodes",
+    "worker_threads",
+    "memory_bytes",
+    "jobs",
+    "ranks",
+    "rates",
+    "totals",
+}
+MODEL_KEYS = {
+    "path",
+    "architecture",
+    "fingerprint",
+    "num_layers",
+    "num_experts",
+    "top_k",
+    "hidden_size",
+    "intermediate_size",
+    "weight_format",
+}
 
 
 class Serving(DaemonTest):
@@ -67,12 +92,15 @@ class Serving(DaemonTest):
         self.attach().close()
         wait_until(lambda: "session 1 died" in process.log.read_text(), "a closed connection is not noticed")
         # A process that dies while a child of it still holds the connection: only the pidfd tells.
-        script = ("import sys, os, time; sys.path.insert(0, sys.argv[1]); import harness\n"
-                  "c = harness.Control(sys.argv[2]); assert c.hello()['ok']\n"
-                  "if os.fork() == 0: time.sleep(60)\n"
-                  "os.kill(os.getpid(), 9)")
-        rank = subprocess.Popen(["python3", "-B", "-c", script, os.path.dirname(__file__), self.socket_path],
-                                start_new_session=True)
+        script = (
+            "import sys, os, time; sys.path.insert(0, sys.argv[1]); import harness\n"
+            "c = harness.Control(sys.argv[2]); assert c.hello()['ok']\n"
+            "if os.fork() == 0: time.sleep(60)\n"
+            "os.kill(os.getpid(), 9)"
+        )
+        rank = subprocess.Popen(
+            ["python3", "-B", "-c", script, os.path.dirname(__file__), self.socket_path], start_new_session=True
+        )
         self.addCleanup(lambda: os.killpg(rank.pid, signal.SIGKILL))
         rank.wait(WATCHDOG_SECONDS)
         wait_until(lambda: "session 2 died" in process.log.read_text(), "the death of the process is not noticed")
@@ -82,8 +110,13 @@ class Serving(DaemonTest):
         self.start()
         connection = self.attach()
         half = {"r": 4, "scaling": 2.0}
-        create = {"op": "adapter_create", "adapter": 1, "layers": [0, 1], "gate_up": {**half, "shared_a": True},
-                  "down": half}
+        create = {
+            "op": "adapter_create",
+            "adapter": 1,
+            "layers": [0, 1],
+            "gate_up": {**half, "shared_a": True},
+            "down": half,
+        }
         self.assertEqual(connection.call(create), {"ok": True})
         self.assertGreater(self.status()["memory_bytes"]["adapters"], 0)
         self.assertEqual(connection.call({**create, "adapter": 2}), {"ok": True})
@@ -117,11 +150,18 @@ class Serving(DaemonTest):
         places = {self.directory: 0o755, self.runtime: 0o755, self.socket_path: 0o666}
         for place, mode in places.items():
             place.chmod(mode)
-        script = ("import sys, os; sys.path.insert(0, sys.argv[1]); import harness\n"
-                  "os.setresuid(65534, 65534, 65534)\n"
-                  "print(harness.Control(sys.argv[2]).hello()['error']['code'])")
-        done = subprocess.run(["python3", "-B", "-c", script, os.path.dirname(__file__), self.socket_path], text=True,
-                              capture_output=True, timeout=WATCHDOG_SECONDS, check=False)
+        script = (
+            "import sys, os; sys.path.insert(0, sys.argv[1]); import harness\n"
+            "os.setresuid(65534, 65534, 65534)\n"
+            "print(harness.Control(sys.argv[2]).hello()['error']['code'])"
+        )
+        done = subprocess.run(
+            ["python3", "-B", "-c", script, os.path.dirname(__file__), self.socket_path],
+            text=True,
+            capture_output=True,
+            timeout=WATCHDOG_SECONDS,
+            check=False,
+        )
         for place, mode in reversed(places.items()):
             place.chmod(mode & 0o700)
         self.assertEqual(done.stdout, "17\n", done.stderr)
@@ -253,8 +293,9 @@ class Stopping(DaemonTest):
         model = self.sparse_checkpoint(self.directory / "large", experts=96, hidden=2048, intermediate=1024)
         process = self.start("--threads", 1, model=model, ready=False)
         wait_until(lambda: self.coproc("status").returncode != 3, "no daemon")
-        waiter = subprocess.Popen(self.command("wait", "--ready"), env=self.environment, stderr=subprocess.PIPE,
-                                  text=True)
+        waiter = subprocess.Popen(
+            self.command("wait", "--ready"), env=self.environment, stderr=subprocess.PIPE, text=True
+        )
         self.addCleanup(self.kill, waiter)
         self.addCleanup(waiter.stderr.close)
         wait_until(lambda: self.has_status_page(waiter), "wait does not connect")

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import socket
 import stat
 
 from harness import DaemonTest, main
@@ -154,8 +153,14 @@ class Settings(DaemonTest):
 
     def test_everything_may_come_from_the_environment(self):
         socket_path = self.directory / "other" / "kt.sock"
-        self.start(KT_COPROC_SOCKET=str(socket_path), KT_COPROC_DETERMINISTIC="1", KT_COPROC_WEIGHT_FORMAT="fp32",
-                   KT_COPROC_THREADS="", KT_COPROC_ACTIVATION_BYTES_MAX="1000000", ready=False)
+        self.start(
+            KT_COPROC_SOCKET=str(socket_path),
+            KT_COPROC_DETERMINISTIC="1",
+            KT_COPROC_WEIGHT_FORMAT="fp32",
+            KT_COPROC_THREADS="",
+            KT_COPROC_ACTIVATION_BYTES_MAX="1000000",
+            ready=False,
+        )
         waited = self.coproc("wait", "--ready", "--timeout", 60, "--socket", socket_path)
         self.assertEqual(waited.returncode, 0, waited.stderr)
         reply = self.connect(socket_path).hello()
