@@ -31,7 +31,7 @@ parser.add_argument("--workers", type=int, default=0)
 args = parser.parse_args()
 
 set_seed(0)
-model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16 if args.bf16 else torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 set_seed(args.seed)
 lora = LoraConfig(
@@ -79,7 +79,6 @@ arguments = TrainingArguments(
     use_cpu=True,
     disable_tqdm=True,
     seed=2 + args.seed,
-    bf16=args.bf16,
     dataloader_num_workers=args.workers,
     **checkpointing,
 )
