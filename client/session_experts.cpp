@@ -76,6 +76,7 @@ std::byte* offset_by(void* base, std::uint64_t bytes) {
 
 std::uint64_t Session::new_act_id() { return state_->next_act_id.fetch_add(1, std::memory_order_relaxed); }
 
+// NOLINTNEXTLINE(readability-function-size): nine parameters, as one experts call has.
 Status Session::forward(std::uint32_t layer, std::uint32_t adapter_id, std::uint64_t act_id, std::uint8_t flags,
                         std::uint32_t num_tokens, const void* x, const std::int32_t* ids, const float* weights,
                         void* y) {

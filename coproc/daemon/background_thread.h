@@ -1,5 +1,7 @@
 // One thread for work that would hold up the control thread: zeroing a session's memory may take seconds.
 #pragma once
+#include <pthread.h>
+
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -25,6 +27,7 @@ class BackgroundThread {
 
  private:
   void run(const std::stop_token& stop) {
+    ::pthread_setname_np(::pthread_self(), "kt-opener");
     for (;;) {
       std::function<void()> work;
       {

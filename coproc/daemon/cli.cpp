@@ -64,7 +64,8 @@ Result<std::string> socket_address(const std::string& socket_option) {
   const std::filesystem::path absolute = std::filesystem::absolute(socket_option, error);
   if (socket_option.empty() || error) {
     return Error{ErrorCode::kUsage, "cannot use the socket path '" + socket_option + "'",
-                 error ? error.message() : "it is empty", "give --socket a path: --socket /run/kt-coproc/kt.sock"};
+                 socket_option.empty() ? "it is empty" : error.message(),
+                 "give --socket a path: --socket /run/kt-coproc/kt.sock"};
   }
   return "unix:" + absolute.lexically_normal().string();
 }

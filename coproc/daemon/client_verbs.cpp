@@ -18,7 +18,14 @@ using Clock = std::chrono::steady_clock;
 
 constexpr milliseconds kAnswerTimeout{5000};
 constexpr milliseconds kStopTimeout{60000};  // The daemon promises 10 s; a large one's memory takes a while to free.
-constexpr const char* kSocketHelp = "socket of the daemon (default: KT_COPROC, else the usual places)";
+
+void add_socket_option(CLI::App& app, std::string& socket) {
+  // An empty one is a mistake, mostly of a shell variable, and no way to say "the usual places".
+  const auto not_empty = [](const std::string& path) { return std::string(path.empty() ? "the path is empty" : ""); };
+  app.add_option("--socket", socket, "socket of the daemon (default: KT_COPROC, else the usual places)")
+      ->type_name("PATH")
+      ->check(not_empty);
+}
 
 int state_exit_code(shm::DaemonState state) {
   switch (state) {
@@ -52,7 +59,7 @@ int status_verb(const Arguments& arguments) {
                "kt-coproc status");
   std::string socket;
   bool json = false;
-  app.add_option("--socket", socket, kSocketHelp)->type_name("PATH");
+  add_socket_option(app, socket);
   app.add_flag("--json", json, "the whole state as one JSON object");
   const auto parsed = parse_arguments(app, arguments);
   if (!parsed.ok()) return report(parsed.error());
@@ -73,7 +80,7 @@ int env_verb(const Arguments& arguments) {
   CLI::App app("Prints the line that makes a shell's training jobs use the daemon: eval \"$(kt-coproc env)\"",
                "kt-coproc env");
   std::string socket;
-  app.add_option("--socket", socket, kSocketHelp)->type_name("PATH");
+  add_socket_option(app, socket);
   const auto parsed = parse_arguments(app, arguments);
   if (!parsed.ok()) return report(parsed.error());
   if (parsed.value() == Parsed::kHelpShown) return kExitOk;
@@ -92,7 +99,7 @@ int wait_verb(const Arguments& arguments) {
   std::string socket;
   bool ready = false;
   double timeout_seconds = 0;
-  app.add_option("--socket", socket, kSocketHelp)->type_name("PATH");
+  add_socket_option(app, socket);
   app.add_flag("--ready", ready, "wait until the weights are loaded")->required();
   CLI::Option* const timeout = app.add_option("--timeout", timeout_seconds, "give up after S seconds (default: never)")
                                    ->type_name("S")
@@ -133,7 +140,7 @@ int stop_verb(const Arguments& arguments) {
   CLI::App app("Ends the daemon and returns when its process has gone. Requests in flight complete.", "kt-coproc stop");
   std::string socket;
   bool drain = false;
-  app.add_option("--socket", socket, kSocketHelp)->type_name("PATH");
+  add_socket_option(app, socket);
   app.add_flag("--drain", drain, "take no new sessions, and wait for the attached ones to leave first");
   const auto parsed = parse_arguments(app, arguments);
   if (!parsed.ok()) return report(parsed.error());

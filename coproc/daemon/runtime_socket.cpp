@@ -37,8 +37,11 @@ Status prepare_directory(const std::string& directory) {
   if ((status.st_mode & 077) != 0) {
     std::array<char, 8> mode{};
     std::snprintf(mode.data(), mode.size(), "%04o", status.st_mode & 07777u);
+    // A directory with the sticky bit, like /tmp, is meant to be shared.
+    const bool shared = (status.st_mode & S_ISVTX) != 0;
     return unsafe("the socket's directory " + directory + " is open to other users",
-                  std::string("its mode is ") + mode.data() + ", it has to be 0700", "chmod 700 " + directory);
+                  std::string("its mode is ") + mode.data() + ", it has to be 0700",
+                  shared ? kDirectoryFix : "chmod 700 " + directory);
   }
   return ok_status();
 }

@@ -191,12 +191,12 @@ void Accounting::publish_rates() {
   const Sample& first = samples_.front();
   const Sample& last = samples_.back();
   if (last.at_ns == first.at_ns) return;
-  const double ns = static_cast<double>(last.at_ns - first.at_ns);
+  const auto ns = static_cast<double>(last.at_ns - first.at_ns);
   const auto per_second = [&](std::uint64_t from, std::uint64_t to) {
     return static_cast<double>(to - from) * 1e9 / ns;
   };
-  const double batches = static_cast<double>(last.batches - first.batches);
-  const double batch_tokens = static_cast<double>(last.batch_tokens - first.batch_tokens);
+  const auto batches = static_cast<double>(last.batches - first.batches);
+  const auto batch_tokens = static_cast<double>(last.batch_tokens - first.batch_tokens);
   const double busy = static_cast<double>(last.busy_ns - first.busy_ns) / ns / pool_.num_workers();
   // A token passes all MoE layers: what users count is a token per whole pass.
   set(page_.forward_tokens_per_second, per_second(first.forward_tokens, last.forward_tokens) / num_moe_layers_);

@@ -3,7 +3,8 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <cstring>
+#include <iterator>
+#include <utility>
 
 #include "coproc/engine/messages.h"
 
@@ -12,9 +13,16 @@ namespace {
 
 using shm::Verb;
 
+bool same_number(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
 bool same_scale(double lowest, double other) {
-  if (lowest == other || (std::isnan(lowest) && std::isnan(other))) return true;
+  if (same_number(lowest, other)) return true;
   return std::abs(lowest - other) <= kScaleTolerance * std::max(std::abs(lowest), std::abs(other));
+}
+
+bool same_groups(const shm::StepGroup& a, const shm::StepGroup& b) {
+  return same_number(a.lr, b.lr) && same_number(a.beta1, b.beta1) && same_number(a.beta2, b.beta2) &&
+         same_number(a.eps, b.eps) && same_number(a.weight_decay, b.weight_decay) && a.decoupled == b.decoupled;
 }
 
 // NORM's mask only says counted or not; STEP's names the group.
@@ -35,7 +43,7 @@ bool identical(const RankedRequest& a, const RankedRequest& b) {
   const shm::StepHeader& header_a = *a.pending->header;
   const shm::StepHeader& header_b = *b.pending->header;
   return left.step == right.step && header_a.num_groups == header_b.num_groups &&
-         std::memcmp(header_a.groups, header_b.groups, sizeof header_a.groups) == 0 &&
+         std::equal(std::begin(header_a.groups), std::end(header_a.groups), std::begin(header_b.groups), same_groups) &&
          same_scale(header_a.scale, header_b.scale);
 }
 
@@ -45,7 +53,9 @@ void append_groups(std::vector<Field>& fields, const shm::StepHeader& header) {
     const shm::StepGroup& group = header.groups[i];
     const auto add = [&](const char* name, const std::string& value) {
       const std::string where = " in group " + std::to_string(i);
-      fields.push_back({name + where, std::string("STEP with ") + name + " " + value + where});
+      std::string phrase = "STEP with ";
+      phrase.append(name).append(" ").append(value).append(where);
+      fields.push_back({name + where, std::move(phrase)});
     };
     add("lr", number_text(group.lr));
     add("beta1", number_text(group.beta1));
@@ -65,7 +75,9 @@ void append_mask(std::vector<Field>& fields, Verb verb, const std::vector<std::u
     if (group_of[i] != shm::kFrozen) {
       value = verb == Verb::kNorm ? "counted" : "in group " + std::to_string(group_of[i]);
     }
-    fields.push_back({"the group of " + where, std::string(shm::verb_name(verb)) + " with " + where + " " + value});
+    std::string phrase = shm::verb_name(verb);
+    phrase.append(" with ").append(where).append(" ").append(value);
+    fields.push_back({"the group of " + where, std::move(phrase)});
   }
 }
 
@@ -111,7 +123,7 @@ Offer describe_command(const RankedCommand& ranked) {
 std::string number_text(double value) {
   char text[32];
   const auto end = std::to_chars(text, text + sizeof text, value).ptr;
-  return std::string(text, end);
+  return {text, end};
 }
 
 std::optional<Disagreement> first_disagreement(std::span<const Offer> offers) {

@@ -149,11 +149,12 @@ void Core::time_out(Job& job, std::uint64_t now_ns, std::uint64_t since_ns) {
     if (in_ring || control_wait_ns(*session) != UINT64_MAX) {
       const std::string name =
           in_ring ? shm::verb_name(session->queue.front().request.verb) : command_name(*session->control);
-      waiting += (waiting.empty() ? "" : ", ") + rank + " in " + name;
+      waiting.append(waiting.empty() ? "" : ", ").append(rank).append(" in ").append(name);
       continue;
     }
-    missing += (missing.empty() ? "" : ", ") + rank + " (pid " + std::to_string(session->pid) + ")";
-    last += "; the last request of " + rank + " was " + describe(session->last, now_ns);
+    missing.append(missing.empty() ? "" : ", ").append(rank).append(" (pid ");
+    missing.append(std::to_string(session->pid)).append(")");
+    last.append("; the last request of ").append(rank).append(" was ").append(describe(session->last, now_ns));
   }
   fail_job(job, JobFailure{Error{ErrorCode::kTimeout,
                                  "a collective of job '" + job.id + "' timed out in step " + std::to_string(job.step) +

@@ -90,6 +90,7 @@ void Core::ask(Session& session, ControlRequest request) {
 void Core::run_control_collective(Job& job) {
   const std::vector<Session*> sessions = job.sessions();
   std::vector<RankedCommand> commands;
+  commands.reserve(sessions.size());
   for (const Session* session : sessions) commands.push_back({session->rank, &*session->control});
   Status status = ok_status();
   if (const auto disagreement = control_disagreement(commands)) {

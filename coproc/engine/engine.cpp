@@ -70,19 +70,26 @@ void Engine::open_session(OpenSession session, Answer answer) {
 }
 
 void Engine::end_session(std::uint32_t session_id, SessionEnd why, Answer answer) {
-  state_->inbox.post([=, this] { state_->core.end_session(session_id, why, answer); });
+  state_->inbox.post(
+      [this, session_id, why, answer = std::move(answer)] { state_->core.end_session(session_id, why, answer); });
 }
 
 void Engine::create_adapter(std::uint32_t session_id, CreateAdapter create, Answer answer) {
-  state_->inbox.post([=, this] { state_->core.create_adapter(session_id, create, answer); });
+  state_->inbox.post([this, session_id, create = std::move(create), answer = std::move(answer)] {
+    state_->core.create_adapter(session_id, create, answer);
+  });
 }
 
 void Engine::delete_adapter(std::uint32_t session_id, std::uint32_t adapter_id, Answer answer) {
-  state_->inbox.post([=, this] { state_->core.delete_adapter(session_id, adapter_id, answer); });
+  state_->inbox.post([this, session_id, adapter_id, answer = std::move(answer)] {
+    state_->core.delete_adapter(session_id, adapter_id, answer);
+  });
 }
 
 void Engine::join(std::uint32_t session_id, JoinJob join, Answer answer) {
-  state_->inbox.post([=, this] { state_->core.join(session_id, join, answer); });
+  state_->inbox.post([this, session_id, join = std::move(join), answer = std::move(answer)] {
+    state_->core.join(session_id, join, answer);
+  });
 }
 
 void Engine::shut_down(std::function<void()> done) {

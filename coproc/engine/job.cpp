@@ -70,10 +70,12 @@ std::string adapters_difference(const Job& job_a, std::uint32_t rank_a, const Jo
       const std::string spec_a = describe_spec(adapter_a->spec(layer));
       const std::string spec_b = describe_spec(adapter_b.spec(layer));
       if (spec_a == spec_b) continue;
-      return "adapter " + std::to_string(adapter_id) + ", layer " + std::to_string(layer) + ": " + name_a + " has " +
-             spec_a + "; " + name_b + " has " + spec_b;
+      std::string text = "adapter " + std::to_string(adapter_id) + ", layer " + std::to_string(layer) + ": ";
+      return text.append(name_a).append(" has ").append(spec_a).append("; ").append(name_b).append(" has ").append(
+          spec_b);
     }
-    return "adapter " + std::to_string(adapter_id) + " differs between " + name_a + " and " + name_b;
+    std::string text = "adapter " + std::to_string(adapter_id);
+    return text.append(" differs between ").append(name_a).append(" and ").append(name_b);
   }
   return "";
 }

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -125,6 +126,18 @@ def start_script(
     )
 
 
+def start_ranks(script: str, *args: Any, addresses: list[str]) -> list[subprocess.Popen[str]]:
+    """Ranks started by hand: torchrun would end the survivors itself, and give all of them one environment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": str(len(addresses)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start_script(script, *args, address=address, RANK=str(rank), LOCAL_RANK=str(rank), **common)
+        for rank, address in enumerate(addresses)
+    ]
+
+
 def finish(process: subprocess.Popen[str]) -> str:
     """The script's output; kills it after TIMEOUT."""
     try:
@@ -182,16 +195,25 @@ class Runs:
     def __init__(self, work: Path, tiny: Path, daemon: Daemon) -> None:
         self._work, self._tiny, self._daemon = work, tiny, daemon
         self._done: dict[tuple[Any, ...], Path] = {}
+        self._totals: dict[Path, dict[str, int]] = {}
 
     def get(self, script: str, *args: Any, remote: bool, ranks: int = 1, daemon: Daemon | None = None) -> Path:
         """The prefix of the files the run wrote."""
         key = (script, args, remote, ranks, daemon.address if daemon else None)
         if key not in self._done:
             out = self._work / f"run{len(self._done)}"
-            address = (daemon or self._daemon).address if remote else None
+            served_by = daemon or self._daemon
+            before = served_by.status()["totals"]
+            address = served_by.address if remote else None
             run_script(script, "--model", self._tiny, "--out", out, *args, address=address, ranks=ranks)
+            after = served_by.status()["totals"]
+            self._totals[out] = {name: after[name] - before[name] for name in after}
             self._done[key] = out
         return self._done[key]
+
+    def totals(self, run: Path) -> dict[str, int]:
+        """What the daemon counted during the run."""
+        return self._totals[run]
 
 
 @pytest.fixture(scope="session")

@@ -4,35 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT, Daemon, finish, start_script
+from conftest import TIMEOUT, Daemon, finish, start_ranks, start_script
 
 
-def start_job(tiny: Path, daemon: Daemon, logs: list[Path], *args: object) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [
-        start_script(
-            "rank.py",
-            "--model",
-            tiny,
-            "--log",
-            log,
-            *args,
-            address=daemon.address,
-            RANK=str(rank),
-            WORLD_SIZE=str(len(logs)),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-        for rank, log in enumerate(logs)
-    ]
+def start_job(tiny: Path, daemon: Daemon, log: Path, ranks: int) -> tuple[list[subprocess.Popen[str]], list[Path]]:
+    """The ranks, and the file each of them writes a line to after every step."""
+    processes = start_ranks("rank.py", "--model", tiny, "--log", log, addresses=[daemon.address] * ranks)
+    return processes, [Path(f"{log}.{rank}") for rank in range(ranks)]
 
 
 def wait_for_line(log: Path, text: str) -> str:
@@ -52,9 +35,8 @@ def end(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def test_a_killed_rank_ends_its_job_with_rank_died_and_no_other(tiny: Path, daemon: Daemon, work: Path) -> None:
-    logs = [work / "killed0", work / "killed1"]
-    others = [work / "other-job0"]
-    job, other = start_job(tiny, daemon, logs), start_job(tiny, daemon, others)
+    job, logs = start_job(tiny, daemon, work / "killed", 2)
+    other, others = start_job(tiny, daemon, work / "other-job", 1)
     try:
         wait_for_line(logs[0], "step 3")
         wait_for_line(others[0], "step 3")
@@ -75,8 +57,7 @@ def test_a_killed_rank_ends_its_job_with_rank_died_and_no_other(tiny: Path, daem
 
 def test_a_killed_daemon_raises_coproc_died_naming_its_pid(tiny: Path, work: Path) -> None:
     daemon = Daemon(tiny, "--weight-format", "fp32", "--threads", "1")
-    logs = [work / "daemon-killed0", work / "daemon-killed1"]
-    job = start_job(tiny, daemon, logs)
+    job, logs = start_job(tiny, daemon, work / "daemon-killed", 2)
     try:
         for log in logs:
             wait_for_line(log, "step 3")
@@ -95,8 +76,7 @@ def test_a_killed_daemon_raises_coproc_died_naming_its_pid(tiny: Path, work: Pat
 
 def test_a_stopped_daemon_raises_coproc_died_naming_the_shutdown(tiny: Path, work: Path) -> None:
     daemon = Daemon(tiny, "--weight-format", "fp32", "--threads", "1")
-    logs = [work / "daemon-stopped"]
-    job = start_job(tiny, daemon, logs)
+    job, logs = start_job(tiny, daemon, work / "daemon-stopped", 1)
     try:
         wait_for_line(logs[0], "step 3")
         daemon.stop()

@@ -52,7 +52,7 @@ def make_model() -> Qwen3MoeForCausalLM:
         norm_topk_prob=True,
         max_position_embeddings=512,
         initializer_range=0.05,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

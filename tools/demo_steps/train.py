@@ -48,6 +48,7 @@ def main() -> None:
         lora_alpha=16,
         target_modules=["q_proj", "v_proj"],
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        modules_to_save=["lm_head"],
     )
     set_seed(1)
     model = get_peft_model(model, lora)
@@ -83,6 +84,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(options.output / "adapter")
         print(f"rank 0 of {os.environ.get('WORLD_SIZE', '1')}: adapter saved", flush=True)
+    trainer.accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """kt-coproc exec: a daemon for one command, gone without a trace afterwards."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -23,9 +24,10 @@ class Exec(DaemonTest):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
         )
         self.addCleanup(process.stdout.close)
-        self.addCleanup(self.kill, process)
+        self.addCleanup(self.kill_group, process)
         return process
 
     def test_the_command_runs_with_a_ready_daemon(self):
@@ -85,6 +87,13 @@ class Exec(DaemonTest):
         process.kill()
         wait_until(lambda: not os.path.exists(f"/proc/{pid}") or self.is_zombie(pid), "the daemon stays")
         subprocess.run(["sh", "-c", f"rm -rf {self.directory}/kt-coproc-*"], check=True)
+
+    @staticmethod
+    def kill_group(process):
+        """exec, and the command it may have left behind. The daemon, in a group of its own, ends with exec."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(WATCHDOG_SECONDS)
 
     @staticmethod
     def is_zombie(pid):

@@ -33,6 +33,8 @@ class Usage(DaemonTest):
         self.assert_error(self.coproc("wait"), 2, "--ready")
         self.assert_error(self.coproc("wait", "--ready", "--timeout", "soon"), 2, "soon")
         self.assert_error(self.coproc("stop", "now"), 2, "now")
+        self.assert_error(self.coproc("status", "--socket", ""), 2, "empty")
+        self.assert_error(self.coproc("run", "--model", self.model, "--socket", ""), 2, "empty")
 
     def test_wrong_values_are_refused_and_named(self):
         run = lambda *flags: self.coproc("run", "--model", self.model, *flags)
@@ -78,6 +80,10 @@ class Places(DaemonTest):
             self.runtime.chmod(mode)
             self.assert_error(self.coproc("run", "--model", self.model), 77, self.runtime, f"{mode:04o}", "chmod 700")
         self.assertEqual(list(self.runtime.iterdir()), [])
+        self.runtime.chmod(0o1777)  # Like /tmp: to close that would be bad advice.
+        done = self.coproc("run", "--model", self.model)
+        self.assert_error(done, 77, "--socket")
+        self.assertNotIn("chmod", done.stderr)
 
     def test_a_socket_that_others_can_write_is_not_used(self):
         self.start()

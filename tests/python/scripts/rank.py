@@ -36,7 +36,7 @@ def step() -> None:
     optimizer.zero_grad()
 
 
-with open(args.log, "a", buffering=1) as log:
+with open(f"{args.log}.{dist.get_rank()}", "a", buffering=1) as log:
     print("ready", file=log)
     for number in range(args.steps):
         try:

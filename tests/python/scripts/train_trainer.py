@@ -26,7 +26,7 @@ parser.add_argument("--resume")
 parser.add_argument("--evaluate", type=int, default=0)
 parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--experts-only", action="store_true")
-parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--seed", type=int, default=2)
 parser.add_argument("--workers", type=int, default=0)
 args = parser.parse_args()
 
