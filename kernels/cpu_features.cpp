@@ -12,6 +12,7 @@ namespace {
 
 constexpr long kArchReqXcompPerm = 0x1023;  // Linux uapi/asm/prctl.h
 constexpr long kXfeatureTileData = 18;
+constexpr std::uint64_t kXcr0Avx = 0x6;        // SSE, AVX
 constexpr std::uint64_t kXcr0Avx512 = 0xe6;    // SSE, AVX, opmask, upper halves of zmm0-15, zmm16-31
 constexpr std::uint64_t kXcr0Tiles = 0x60000;  // tile configuration, tile data
 
@@ -23,6 +24,7 @@ struct Requirement {
 
 // A feature is there when all of its requirements are; tile permission comes on top and is asked for only then.
 struct Host {
+  std::array<Requirement, 3> avx2;
   std::array<Requirement, 6> avx512;
   std::array<Requirement, 3> amx;
   bool tiles_granted = false;
@@ -44,13 +46,16 @@ bool all_present(const std::array<Requirement, N>& requirements) {
 }
 
 Host detect() {
-  std::uint32_t a = 0, b = 0, c = 0, d = 0;
+  std::uint32_t a = 0, b = 0, c = 0, d = 0, c1 = 0;
   std::uint32_t b7 = 0, c7 = 0, d7 = 0, a71 = 0;
-  const bool has_xgetbv = __get_cpuid(1, &a, &b, &c, &d) != 0 && bit(c, 27);  // OSXSAVE
+  const bool has_xgetbv = __get_cpuid(1, &a, &b, &c1, &d) != 0 && bit(c1, 27);  // OSXSAVE
   const std::uint64_t xcr0 = has_xgetbv ? read_xcr0() : 0;
   if (__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) != 0 && a >= 1) __get_cpuid_count(7, 1, &a71, &b, &c, &d);
 
   Host host{
+      .avx2 = {{{"avx2", bit(b7, 5)},
+                {"fma", bit(c1, 12)},
+                {"YMM state enabled by the operating system", (xcr0 & kXcr0Avx) == kXcr0Avx}}},
       .avx512 = {{{"avx512f", bit(b7, 16)},
                   {"avx512bw", bit(b7, 30)},
                   {"avx512dq", bit(b7, 17)},
@@ -73,6 +78,7 @@ const Host& this_host() {
 std::uint32_t detected_features() {
   const Host& host = this_host();
   std::uint32_t features = 0;
+  if (all_present(host.avx2)) features |= kAvx2Fma;
   if (all_present(host.avx512)) features |= kAvx512Bf16;
   if (host.tiles_granted) features |= kAmxBf16;
   return features;
@@ -103,6 +109,7 @@ std::string missing_cpu_features(std::uint32_t required) {
   const std::uint32_t missing = required & ~cpu_features();
   const Host& host = this_host();
   std::string list;
+  if (missing & kAvx2Fma) append_missing(list, host.avx2);
   if (missing & kAvx512Bf16) append_missing(list, host.avx512);
   if (missing & kAmxBf16) {
     append_missing(list, host.amx);

@@ -9,6 +9,7 @@ namespace kt::kernels {
 enum CpuFeature : std::uint32_t {
   kAvx512Bf16 = 1u << 0,  // F, BW, DQ, VL and BF16, with ZMM state enabled in XCR0.
   kAmxBf16 = 1u << 1,     // TILE and BF16, with tile state enabled in XCR0 *and* granted to us.
+  kAvx2Fma = 1u << 2,     // AVX2 and FMA, with YMM state enabled in XCR0.
 };
 
 // Bit set of CpuFeature. Asks the kernel for tile permission (arch_prctl) on first call.

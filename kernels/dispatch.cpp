@@ -6,6 +6,9 @@
 
 namespace kt::kernels {
 
+namespace amx {
+extern const KernelTable kTable;
+}
 namespace avx512 {
 extern const KernelTable kTable;
 }
@@ -19,7 +22,8 @@ extern const KernelTable kTable;
 namespace {
 
 // Best first within each element size.
-constexpr std::array<const KernelTable*, 3> kBestFirst = {&avx512::kTable, &scalar::kTable, &scalar_fp32::kTable};
+constexpr std::array<const KernelTable*, 4> kBestFirst = {&amx::kTable, &avx512::kTable, &scalar::kTable,
+                                                          &scalar_fp32::kTable};
 
 void set(std::string* why, std::string text) {
   if (why != nullptr) *why = std::move(text);

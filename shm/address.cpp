@@ -76,9 +76,12 @@ Status check_not_writable_by_others(const std::string& path) {
   if ((status.st_mode & (S_IWGRP | S_IWOTH)) == 0) return ok_status();
   std::array<char, 8> mode{};
   std::snprintf(mode.data(), mode.size(), "%04o", status.st_mode & 07777u);
+  // A directory with the sticky bit, like /tmp, is meant to be shared: to close it would be bad advice.
+  const bool shared = S_ISDIR(status.st_mode) && (status.st_mode & S_ISVTX) != 0;
   return Error{ErrorCode::kPermission, path + " is writable by other users",
                std::string("its mode is ") + mode.data() + ", owner uid " + std::to_string(status.st_uid),
-               "take the others' write permission away: chmod go-w " + path};
+               shared ? "use a socket in a directory of your own: kt-coproc run --socket $XDG_RUNTIME_DIR/kt.sock"
+                      : "take the others' write permission away: chmod go-w " + path};
 }
 
 Status check_peer(int socket, const std::string& path) {

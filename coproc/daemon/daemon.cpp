@@ -13,11 +13,11 @@
 #include <optional>
 #include <thread>
 
-#include "coproc/daemon/memory_room.h"
 #include "coproc/daemon/prepare.h"
 #include "coproc/daemon/runtime_socket.h"
 #include "coproc/daemon/server.h"
 #include "coproc/daemon/stall_detector.h"
+#include "coproc/machine/memory_room.h"
 #include "coproc/model/progress.h"
 #include "shm/doorbell.h"
 #include "shm/text.h"

@@ -4,7 +4,7 @@
 
 #include "coproc/daemon/connection.h"
 #include "coproc/daemon/control_requests.h"
-#include "coproc/daemon/memory_room.h"
+#include "coproc/machine/memory_room.h"
 #include "shm/doorbell.h"
 
 namespace kt::coproc {

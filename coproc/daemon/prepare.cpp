@@ -2,7 +2,7 @@
 
 #include <spdlog/spdlog.h>
 
-#include "coproc/daemon/memory_room.h"
+#include "coproc/machine/memory_room.h"
 #include "coproc/model/fingerprint.h"
 
 namespace kt::coproc {

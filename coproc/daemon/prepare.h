@@ -4,10 +4,10 @@
 #include <string>
 
 #include "coproc/daemon/options.h"
-#include "coproc/daemon/topology.h"
 #include "coproc/engine/engine.h"
 #include "coproc/experts/dims.h"
 #include "coproc/experts/weights.h"
+#include "coproc/machine/topology.h"
 #include "coproc/model/checkpoint.h"
 #include "coproc/model/convert.h"
 #include "kernels/kernel_table.h"

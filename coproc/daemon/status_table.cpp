@@ -2,7 +2,7 @@
 
 #include <spdlog/fmt/fmt.h>
 
-#include "coproc/daemon/memory_room.h"
+#include "coproc/machine/memory_room.h"
 
 namespace kt::coproc {
 namespace {

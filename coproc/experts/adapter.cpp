@@ -6,6 +6,7 @@
 #include <string>
 
 #include "coproc/experts/adapter_layer.h"
+#include "coproc/machine/memory_room.h"
 
 namespace kt::coproc {
 namespace {
@@ -127,9 +128,9 @@ Result<std::unique_ptr<Adapter::Layer>> Adapter::State::make_layer(const Adapter
   layer->spec = spec;
   set_shapes(*layer, dims);
   const std::uint64_t bytes = lay_out(*layer, dims.num_experts, table.element_bytes);
-  KT_TRY_STATUS(check_memory(
-      bytes * num_layers, "the adapter, its gradients and optimizer state in " + std::to_string(num_layers) + " layers",
-      kMemoryFix));
+  KT_TRY_STATUS(require_memory(
+      read_memory_room(read_cgroup_limits()), bytes * num_layers,
+      "the adapter, its gradients and optimizer state in " + std::to_string(num_layers) + " layers", kMemoryFix));
   KT_TRY(layer->memory, Memory::map(bytes, "one layer of the adapter", kMemoryFix));
   lay_out(*layer, dims.num_experts, table.element_bytes);
   return layer;

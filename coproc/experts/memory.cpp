@@ -4,60 +4,19 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <limits>
+
+#include "coproc/machine/memory_room.h"
 
 namespace kt::coproc {
 namespace {
 
-constexpr std::uint64_t kUnknown = std::numeric_limits<std::uint64_t>::max();
 constexpr std::uint64_t kHugePageBytes = 2097152;
-
-std::uint64_t memory_available_on_host() {
-  std::ifstream file("/proc/meminfo");
-  std::string key;
-  std::string unit;
-  std::uint64_t kib = 0;
-  while (file >> key >> kib) {
-    if (key == "MemAvailable:") return kib * 1024;
-    std::getline(file, unit);
-  }
-  return kUnknown;
-}
-
-// In a container the root of the hierarchy is the container's own group; "max" does not parse as a number.
-std::uint64_t memory_limit_of_group() {
-  std::uint64_t bytes = 0;
-  for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
-    std::ifstream file(path);
-    if (file >> bytes) return bytes;
-  }
-  return kUnknown;
-}
-
-std::string gigabytes(std::uint64_t bytes) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) * 1e-9);
-  return text;
-}
 
 }  // namespace
 
-std::uint64_t available_memory_bytes() { return std::min(memory_available_on_host(), memory_limit_of_group()); }
-
-Status check_memory(std::uint64_t bytes, const std::string& purpose, const std::string& fix) {
-  const std::uint64_t available = available_memory_bytes();
-  if (bytes <= available) return ok_status();
-  return Error{ErrorCode::kNoResources, "not enough memory for " + purpose,
-               "it needs " + gigabytes(bytes) + " (" + std::to_string(bytes) + " bytes), " + gigabytes(available) +
-                   " are available",
-               fix};
-}
-
 Result<Memory> Memory::map(std::uint64_t bytes, const std::string& purpose, const std::string& fix) {
-  KT_TRY_STATUS(check_memory(bytes, purpose, fix));
+  KT_TRY_STATUS(require_memory(read_memory_room(read_cgroup_limits()), bytes, purpose, fix));
   const bool huge = bytes >= kHugePageBytes;
   Memory memory;
   memory.mapped_bytes_ = std::max<std::uint64_t>(bytes + (huge ? kHugePageBytes : 0), 1);
@@ -65,9 +24,8 @@ Result<Memory> Memory::map(std::uint64_t bytes, const std::string& purpose, cons
   if (mapping == MAP_FAILED) {
     const int saved = errno;
     memory.mapped_bytes_ = 0;
-    return Error{
-        ErrorCode::kNoResources, "cannot reserve memory for " + purpose,
-        "mmap of " + gigabytes(bytes) + " (" + std::to_string(bytes) + " bytes) failed: " + std::strerror(saved), fix};
+    return Error{ErrorCode::kNoResources, "cannot reserve memory for " + purpose,
+                 "mmap of " + bytes_text(bytes) + " failed: " + std::strerror(saved), fix};
   }
   memory.mapping_ = mapping;
   memory.data_ = static_cast<std::byte*>(mapping);

@@ -12,17 +12,10 @@
 
 namespace kt::coproc {
 
-// Memory the system can still give this process: the smaller of MemAvailable and the cgroup's limit. 2^64 - 1 when
-// neither is known.
-std::uint64_t available_memory_bytes();
-
-// kNoResources with numbers when `bytes` are not available: "not enough memory for <purpose>".
-Status check_memory(std::uint64_t bytes, const std::string& purpose, const std::string& fix);
-
 // Zero-filled anonymous memory of this process. Pages are taken when first touched, huge ones where there are any.
 class Memory {
  public:
-  // kNoResources as check_memory, and when the system refuses.
+  // kNoResources where so much is not free (coproc/machine/memory_room.h), and when the system refuses.
   static Result<Memory> map(std::uint64_t bytes, const std::string& purpose, const std::string& fix);
   Memory() = default;
   Memory(Memory&& other) noexcept

@@ -16,6 +16,7 @@ constexpr int kLanes = 16;
 #include "kernels/avx512/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
+#include "kernels/avx512/transpose.inl"
 #include "kernels/avx512/gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"

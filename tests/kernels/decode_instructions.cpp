@@ -6,7 +6,7 @@
 #include <sstream>
 #include <string>
 
-#include "tests/support/isa/evex_instruction.h"
+#include "tests/support/isa/emulator.h"
 
 int main() {
   std::string line;

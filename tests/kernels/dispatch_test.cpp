@@ -41,12 +41,35 @@ TEST(Dispatch, ATableThatCannotRunIsRefusedWithWhatTheCpuLacks) {
   override_cpu_features_for_test(std::nullopt);
 }
 
+TEST(Dispatch, AmxNeedsTilesAndAvx512AndComesFirst) {
+  override_cpu_features_for_test(kAmxBf16 | kAvx512Bf16);
+  EXPECT_EQ(find_table("auto", 2, nullptr)->name, "amx");
+  for (const std::uint32_t half : {kAmxBf16, kAvx512Bf16}) {
+    override_cpu_features_for_test(half);
+    std::string why;
+    EXPECT_EQ(find_table("amx", 2, &why), nullptr);
+    EXPECT_NE(why.find("amx needs what this CPU lacks: "), std::string::npos) << why;
+    EXPECT_NE(find_table("auto", 2, nullptr)->name, "amx");
+  }
+  override_cpu_features_for_test(std::nullopt);
+  const bool native = (cpu_features() & kAmxBf16) != 0;
+  EXPECT_EQ(missing_cpu_features(kAmxBf16).find("tile") == std::string::npos, native) << "names what the CPU lacks";
+}
+
+// "auto, " and the names of all tables for that element size, best first.
+std::string names(std::int64_t element_bytes) {
+  std::string list = "auto";
+  for (const KernelTable* table : all_tables())
+    if (table->element_bytes == element_bytes) list += ", " + std::string(table->name);
+  return list;
+}
+
 TEST(Dispatch, AnUnknownNameIsRefusedWithTheNamesThatExist) {
   std::string why;
   EXPECT_EQ(find_table("sse9", 2, &why), nullptr);
-  EXPECT_EQ(why, "no kernels named 'sse9' for bf16 weights; there are: auto, avx512, scalar");
+  EXPECT_EQ(why, "no kernels named 'sse9' for bf16 weights; there are: " + names(2));
   EXPECT_EQ(find_table("avx512", 4, &why), nullptr);
-  EXPECT_EQ(why, "no kernels named 'avx512' for fp32 weights; there are: auto, scalar");
+  EXPECT_EQ(why, "no kernels named 'avx512' for fp32 weights; there are: " + names(4));
   EXPECT_EQ(find_table("sse9", 2, nullptr), nullptr);
 }
 

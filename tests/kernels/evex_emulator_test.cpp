@@ -1,7 +1,5 @@
 // The emulator against what the manual says, one property at a time. Natively where the CPU has AVX-512: the same
 // instructions must then give the same results, except for what only the emulator refuses.
-#include "tests/support/isa/evex_emulator.h"
-
 #include <gtest/gtest.h>
 
 #include <array>
@@ -13,6 +11,7 @@
 
 #include "kernels/cpu_features.h"
 #include "tests/support/isa/bit_model.h"
+#include "tests/support/isa/emulator.h"
 #include "tests/support/isa/evex_instruction.h"
 
 namespace kt::test {
@@ -34,7 +33,8 @@ bool native() { return (kernels::cpu_features() & kernels::kAvx512Bf16) != 0; }
 class EvexEmulator : public testing::Test {
  protected:
   void SetUp() override {
-    if (!native() && !install_evex_emulator()) GTEST_SKIP() << "the emulator needs a CPU with AVX2 and FMA";
+    if (!native() && !emulates_avx512())
+      GTEST_SKIP() << "the emulator needs a CPU with AVX2 and FMA, and without a part of AVX-512";
   }
 };
 

@@ -104,6 +104,16 @@ TEST_P(Gemm, NanInfinitiesAndSubnormalsFollowTheModel) {
   expect_model({32, 64}, Values::kNearSubnormal, false);
 }
 
+// More rows and more of k than any table takes at a time.
+TEST_P(Gemm, ManyRowsOfGreatDepthHaveTheBitsOfTheModel) {
+  const Matrix a = make(70, 320, Values::kNormal, 0);
+  const Matrix w = make(96, 320, Values::kNormal, 0);
+  const Matrix start = make_floats(70, 96, Values::kNormal);
+  const PackedWeights packed(table(), w, 320, 3);
+  for (const Matrix* from : {&start, static_cast<const Matrix*>(nullptr)})
+    expect_rows(a, packed.panels(), from, model(a, w, from), 0, 70);
+}
+
 TEST_P(Gemm, AProductInTwoPartsOfKHasTheBitsOfTheWhole) {
   constexpr std::int64_t kFirst = 64;
   constexpr std::int64_t kSecond = 32;

@@ -1,31 +1,38 @@
-// The kernel tests of the tables that need AVX-512, on any CPU: natively where it has what they need, else under the
-// emulator, with small shapes.
+// The kernel tests of the tables that need AVX-512 or AMX, on any CPU: natively where it has what they need, else under
+// the emulator, with small shapes.
 #include <cstdio>
+#include <numeric>
 
 #include "kernels/cpu_features.h"
 #include "tests/kernels/kernel_suite.h"
-#include "tests/support/isa/evex_emulator.h"
+#include "tests/support/isa/amx_execute.h"
+#include "tests/support/isa/emulator.h"
 
 namespace kt::test {
 namespace {
 
-bool runs_natively() { return (kernels::cpu_features() & kernels::kAvx512Bf16) != 0; }
+constexpr std::uint32_t kEmulable = kernels::kAvx512Bf16 | kernels::kAmxBf16;
 
 class Emulated : public testing::Environment {
  public:
   void SetUp() override {
-    native_ = runs_natively();
+    const std::uint32_t features = kernels::cpu_features();
+    native_ = (features & kEmulable) == kEmulable;
     if (native_) return;
-    ASSERT_TRUE(install_evex_emulator()) << "the emulator needs a CPU with AVX2 and FMA";
-    kernels::override_cpu_features_for_test(kernels::kAvx512Bf16);
+    ASSERT_TRUE(install_emulator()) << "the emulator needs a CPU with AVX2 and FMA";
+    permit_tiles(true);
+    const std::uint32_t emulated = kernels::kAmxBf16 | (emulates_avx512() ? kernels::kAvx512Bf16 : 0u);
+    kernels::override_cpu_features_for_test(features | emulated);
   }
 
   void TearDown() override {
     if (native_ || testing::UnitTest::GetInstance()->test_to_run_count() == 0) return;
     kernels::override_cpu_features_for_test(std::nullopt);
-    const EmulatorCounts counts = evex_emulator_counts();
-    std::printf("emulated %llu instructions, %llu of them VDPBF16PS, in %llu traps\n",
-                static_cast<unsigned long long>(counts.instructions), static_cast<unsigned long long>(counts.dots),
+    permit_tiles(false);
+    const EmulatorCounts counts = emulator_counts();
+    std::printf("emulated %llu instructions, %llu of them VDPBF16PS, %llu TDPBF16PS, in %llu traps\n",
+                static_cast<unsigned long long>(counts.instructions),
+                static_cast<unsigned long long>(counts.vector_dots), static_cast<unsigned long long>(counts.tile_dots),
                 static_cast<unsigned long long>(counts.traps));
   }
 
@@ -39,9 +46,10 @@ class Emulated : public testing::Environment {
 
 const SuiteConfig& suite_config() {
   static const SuiteConfig config = [] {
-    SuiteConfig c{.tables = {}, .row_counts = {0, 1, 2, 3, 4, 5, 6, 7, 8, 11, 13, 18, 19, 40}, .emulated = true};
+    SuiteConfig c{.tables = {}, .row_counts = std::vector<std::int64_t>(41), .emulated = true};
+    std::iota(c.row_counts.begin(), c.row_counts.end(), 0);
     for (const kernels::KernelTable* table : kernels::all_tables())
-      if (table->required == kernels::kAvx512Bf16) c.tables.push_back(table);
+      if ((table->required & kEmulable) != 0) c.tables.push_back(table);
     return c;
   }();
   return config;

@@ -113,7 +113,7 @@ TEST_F(AdapterTest, ThatDoesNotFitIsRefusedWithNumbers) {
   const Status status = huge.add_layers(layers, spec_of(256, false, 256));
   ASSERT_FALSE(status.ok());
   EXPECT_EQ(status.error().code, ErrorCode::kNoResources);
-  EXPECT_NE(status.error().why.find(" GB ("), std::string::npos) << status.error().text();
+  EXPECT_NE(status.error().why.find(" TB, and "), std::string::npos) << status.error().text();
 }
 
 TEST_F(AdapterTest, ComparesSpecsLayerByLayer) {

@@ -81,7 +81,7 @@ TEST_P(Weights, ThatDoNotFitAreRefusedWithNumbers) {
   ASSERT_FALSE(weights.ok());
   EXPECT_EQ(weights.error().code, ErrorCode::kNoResources);
   EXPECT_NE(weights.error().what.find("2 layers × 4096 experts"), std::string::npos) << weights.error().text();
-  EXPECT_NE(weights.error().why.find(" GB ("), std::string::npos) << weights.error().text();
+  EXPECT_NE(weights.error().why.find(" TB, and "), std::string::npos) << weights.error().text();
   EXPECT_FALSE(weights.error().fix.empty());
 }
 

@@ -26,6 +26,12 @@ float fma_flushing(float a, float b, float c) {
   return std::fabs(scaled) < kSmallestNormal * kScale ? std::copysign(0.0f, result) : result;
 }
 
+// Exact where it is tiny: a sum of floats is a multiple of the smallest subnormal number.
+float add_flushing(float a, float b) {
+  const volatile float sum = flush(a) + flush(b);
+  return flush(sum);
+}
+
 float separate(float left, float right, float acc) {
   const volatile float product = left * right;  // volatile: no compiler may fuse it with the addition
   return acc + product;
@@ -51,7 +57,23 @@ float vdpbf16ps(float acc, const std::uint16_t* a, const std::uint16_t* b, std::
   return acc;
 }
 
+float tile_steps(float acc, const std::uint16_t* a, const std::uint16_t* b, std::int64_t k) {
+  constexpr std::int64_t kStep = 32;
+  for (std::int64_t i = 0; i < k; i += kStep) acc = tdpbf16ps_model(acc, a + i, b + i, kStep / 2);
+  return acc;
+}
+
 }  // namespace
+
+float tdpbf16ps_model(float c, const std::uint16_t* a, const std::uint16_t* b, std::int64_t pairs) {
+  float even = 0.0f;
+  float odd = 0.0f;
+  for (std::int64_t i = 0; i < 2 * pairs; i += 2) {
+    even = fma_flushing(from_bf16(a[i]), from_bf16(b[i]), even);
+    odd = fma_flushing(from_bf16(a[i + 1]), from_bf16(b[i + 1]), odd);
+  }
+  return add_flushing(c, add_flushing(even, odd));
+}
 
 float dot_model(const kernels::KernelTable& table, float acc, const void* a, const void* b, std::int64_t k) {
   if (table.element_bytes == 4) return sequential(acc, static_cast<const float*>(a), static_cast<const float*>(b), k);
@@ -59,6 +81,7 @@ float dot_model(const kernels::KernelTable& table, float acc, const void* a, con
   const auto* right = static_cast<const std::uint16_t*>(b);
   if (table.name == "scalar") return sequential(acc, left, right, k);
   if (table.name == "avx512") return vdpbf16ps(acc, left, right, k);
+  if (table.name == "amx") return tile_steps(acc, left, right, k);
   std::abort();  // a new table must bring its model
 }
 

@@ -2,9 +2,10 @@
 //
 //   scalar   for each k ascending:           acc = round(acc + round(a·b))
 //   avx512   for each pair of k ascending:   acc = fma(a odd, b odd, acc), then fma(a even, b even, acc): VDPBF16PS
-//   rounds
-//            to nearest even, takes subnormals as zero (DAZ), gives them as zero (FTZ), and ignores MXCSR.
-//            (Intel Instruction Set Reference, VDPBF16PS, operation section.)
+//   amx      for each 32 of k ascending:     acc = acc + (even + odd), each a chain of fma over 16 k from +0: TDPBF16PS
+//
+// VDPBF16PS and TDPBF16PS round to nearest even, take subnormals as zero (DAZ), give them as zero (FTZ), and ignore
+// MXCSR. (Intel Instruction Set Reference, operation sections.)
 #pragma once
 #include <cstdint>
 
@@ -14,6 +15,9 @@ namespace kt::test {
 
 // One element of C: acc reduced over k of the k elements (of the table's type) at a and b.
 float dot_model(const kernels::KernelTable& table, float acc, const void* a, const void* b, std::int64_t k);
+
+// One element of one TDPBF16PS: c and `pairs` pairs of k of its row of A and its column of B.
+float tdpbf16ps_model(float c, const std::uint16_t* a, const std::uint16_t* b, std::int64_t pairs);
 
 // acc + left·right as lora_wgrad adds one token: two roundings on scalar, one on tables with fused instructions.
 float multiply_add_model(const kernels::KernelTable& table, float left, float right, float acc);

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cmath>
 
+#include "tests/support/isa/flush_to_zero.h"
+
 namespace kt::test {
 namespace {
 
@@ -72,12 +74,7 @@ void write_scalar(const Instruction& in, VectorRegisters& registers, float value
 // acc + a·b of all 16 pairs in the processor's own fused instructions, rounding and flushing as VDPBF16PS does whatever
 // MXCSR says. Independent of bit_model.cpp on purpose.
 __attribute__((target("avx2,fma"))) void dot(const Zmm& a, const Zmm& b, Zmm* acc) {
-  constexpr unsigned kFlushing = 0x9fc0;  // FTZ, DAZ, all exceptions masked, round to nearest
-  const unsigned before = _mm_getcsr();
-  _mm_setcsr(kFlushing);
-  __asm__ volatile("" ::
-                       : "memory");  // the loads below stay below, the stores above the second one: the compiler does
-                                     // not know that arithmetic depends on MXCSR
+  const FlushToZero flush;
   const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   for (int half = 0; half < 64; half += 32) {
     __m256i x, y;
@@ -91,8 +88,6 @@ __attribute__((target("avx2,fma"))) void dot(const Zmm& a, const Zmm& b, Zmm* ac
                           sum);
     std::memcpy(acc->bytes + half, &sum, sizeof sum);
   }
-  __asm__ volatile("" ::: "memory");
-  _mm_setcsr(before);
 }
 
 std::uint32_t float_bits(float x) { return std::bit_cast<std::uint32_t>(x); }
@@ -344,7 +339,7 @@ const char* refusal(const Instruction& in, const VectorRegisters& registers) {
 
 }  // namespace
 
-const char* execute_instruction(const Instruction& in, VectorRegisters& registers) {
+const char* execute_evex(const Instruction& in, VectorRegisters& registers) {
   if (const char* why = refusal(in, registers)) return why;
   switch (in.op) {
     case Op::kLoad:

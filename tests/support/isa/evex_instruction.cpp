@@ -145,38 +145,6 @@ std::uint8_t size_in_bytes(Size size, unsigned vector_bytes) {
   return 0;
 }
 
-// SIB and displacement of the memory operand whose ModRM stands before `next`; returns what follows.
-const std::uint8_t* decode_memory(const std::uint8_t* next, unsigned mod, unsigned rm, unsigned base_high,
-                                  unsigned index_high, Instruction* out) {
-  out->memory = true;
-  out->base = static_cast<std::int8_t>(rm | base_high);
-  out->index = -1;
-  bool wide = mod == 2;
-  if (rm == 4) {
-    const unsigned sib = *next++;
-    const unsigned index = (sib >> 3 & 7) | index_high;
-    out->scale = static_cast<std::uint8_t>(sib >> 6);
-    out->index = static_cast<std::int8_t>(index == 4 ? -1 : static_cast<int>(index));
-    out->base = static_cast<std::int8_t>((sib & 7) | base_high);
-    if (mod == 0 && (sib & 7) == 5) {
-      out->base = -1;
-      wide = true;
-    }
-  } else if (mod == 0 && rm == 5) {
-    out->base = -1;
-    out->ip_relative = true;
-    wide = true;
-  }
-  if (wide) {
-    std::memcpy(&out->displacement, next, 4);
-    return next + 4;
-  }
-  if (mod != 1) return next;
-  const int unit = out->broadcast ? out->element_bytes : out->memory_bytes;
-  out->displacement = static_cast<std::int8_t>(*next) * unit;
-  return next + 1;
-}
-
 std::optional<Instruction> decode_evex(const std::uint8_t* code) {
   const unsigned p0 = code[1], p1 = code[2], p2 = code[3], modrm = code[5];
   if ((p0 & 8) != 0 || (p1 & 4) == 0) return std::nullopt;
@@ -241,7 +209,38 @@ std::optional<Instruction> decode_opmask(const std::uint8_t* code) {
 
 }  // namespace
 
-std::optional<Instruction> decode_instruction(const std::uint8_t* code) {
+const std::uint8_t* decode_memory(const std::uint8_t* next, unsigned mod, unsigned rm, unsigned base_high,
+                                  unsigned index_high, Instruction* out) {
+  out->memory = true;
+  out->base = static_cast<std::int8_t>(rm | base_high);
+  out->index = -1;
+  bool wide = mod == 2;
+  if (rm == 4) {
+    const unsigned sib = *next++;
+    const unsigned index = (sib >> 3 & 7) | index_high;
+    out->scale = static_cast<std::uint8_t>(sib >> 6);
+    out->index = static_cast<std::int8_t>(index == 4 ? -1 : static_cast<int>(index));
+    out->base = static_cast<std::int8_t>((sib & 7) | base_high);
+    if (mod == 0 && (sib & 7) == 5) {
+      out->base = -1;
+      wide = true;
+    }
+  } else if (mod == 0 && rm == 5) {
+    out->base = -1;
+    out->ip_relative = true;
+    wide = true;
+  }
+  if (wide) {
+    std::memcpy(&out->displacement, next, 4);
+    return next + 4;
+  }
+  if (mod != 1) return next;
+  const int unit = out->broadcast ? out->element_bytes : out->memory_bytes;
+  out->displacement = static_cast<std::int8_t>(*next) * unit;
+  return next + 1;
+}
+
+std::optional<Instruction> decode_evex_or_opmask(const std::uint8_t* code) {
   if (code[0] == 0x62) return decode_evex(code);
   if (code[0] == 0xc5) return decode_opmask(code);
   return std::nullopt;

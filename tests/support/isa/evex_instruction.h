@@ -1,4 +1,4 @@
-// Decodes the EVEX (AVX-512) and opmask instructions that the compiled avx512 table contains, and nothing else.
+// Decodes the EVEX (AVX-512) and opmask instructions that the compiled avx512 and amx tables contain, and nothing else.
 //
 //   62 P0 P1 P2 opcode ModRM [SIB] [disp8·N | disp32] [imm8]
 //   P0 = R X B R' 0 map(3)      P1 = W vvvv 1 pp      P2 = z L'L b V' aaa        (R X B R' vvvv V' inverted)
@@ -58,7 +58,16 @@ enum class Op : std::uint8_t {
   kMaskFromGpr,
   kMaskToGpr,
   kMaskXor,
+  // Tiles: amx_instruction.h.
+  kTileConfigure,
+  kTileRelease,
+  kTileZero,
+  kTileLoad,
+  kTileStore,
+  kTileDot,
 };
+
+constexpr bool is_tile(Op op) { return op >= Op::kTileConfigure; }
 
 struct Instruction {
   Op op;
@@ -84,6 +93,11 @@ struct Instruction {
 };
 
 // nullopt: not an instruction of the list. Reads at most 15 bytes.
-std::optional<Instruction> decode_instruction(const std::uint8_t* code);
+std::optional<Instruction> decode_evex_or_opmask(const std::uint8_t* code);
+
+// SIB and displacement of the memory operand whose ModRM stands before `next`; returns what follows. base_high and
+// index_high: 8 where the prefix extends these registers. A disp8 counts in out->memory_bytes or broadcast elements.
+const std::uint8_t* decode_memory(const std::uint8_t* next, unsigned mod, unsigned rm, unsigned base_high,
+                                  unsigned index_high, Instruction* out);
 
 }  // namespace kt::test

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <string>
 
-#include "coproc/daemon/cgroup.h"
+#include "coproc/machine/cgroup.h"
 #include "shm/base/result.h"
 
 namespace kt::coproc {
@@ -17,7 +17,8 @@ struct MemoryRoom {
 MemoryRoom read_memory_room(const CgroupLimits& limits, const std::string& root = "");
 
 // kNoResources with numbers unless `bytes` fit.
-Status require_memory(const MemoryRoom& room, std::uint64_t bytes, const std::string& what);
+Status require_memory(const MemoryRoom& room, std::uint64_t bytes, const std::string& what,
+                      const std::string& fix = "free memory, raise the limit, or serve a smaller checkpoint");
 
 // "57.1 GB", "12.0 MB", "640 bytes": decimal units.
 std::string bytes_text(std::uint64_t bytes);

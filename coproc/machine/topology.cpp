@@ -1,4 +1,4 @@
-#include "coproc/daemon/topology.h"
+#include "coproc/machine/topology.h"
 
 #include <numa.h>
 #include <sched.h>

@@ -1,4 +1,4 @@
-#include "coproc/daemon/memory_room.h"
+#include "coproc/machine/memory_room.h"
 
 #include <array>
 #include <cstdio>
@@ -29,11 +29,11 @@ MemoryRoom read_memory_room(const CgroupLimits& limits, const std::string& root)
   return {machine, "MemAvailable of this machine"};
 }
 
-Status require_memory(const MemoryRoom& room, std::uint64_t bytes, const std::string& what) {
+Status require_memory(const MemoryRoom& room, std::uint64_t bytes, const std::string& what, const std::string& fix) {
   if (bytes <= room.bytes) return ok_status();
   return Error{ErrorCode::kNoResources, "not enough memory for " + what,
                "it needs " + bytes_text(bytes) + ", and " + bytes_text(room.bytes) + " are free (" + room.source + ")",
-               "free memory, raise the limit, or serve a smaller checkpoint"};
+               fix};
 }
 
 std::string bytes_text(std::uint64_t bytes) {

@@ -1,4 +1,4 @@
-#include "coproc/daemon/cgroup.h"
+#include "coproc/machine/cgroup.h"
 
 #include <algorithm>
 #include <fstream>

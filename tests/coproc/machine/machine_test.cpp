@@ -1,15 +1,13 @@
-// What the daemon learns from the machine: control groups, cores, memory, and whether the engine hangs.
+// What the daemon learns from the machine: control groups, cores, memory.
 #include <gtest/gtest.h>
 
 #include <filesystem>
 #include <fstream>
 #include <memory>
 
-#include "coproc/daemon/cgroup.h"
-#include "coproc/daemon/memory_room.h"
-#include "coproc/daemon/settings.h"
-#include "coproc/daemon/stall_detector.h"
-#include "coproc/daemon/topology.h"
+#include "coproc/machine/cgroup.h"
+#include "coproc/machine/memory_room.h"
+#include "coproc/machine/topology.h"
 #include "tests/support/temp_dir.h"
 
 namespace kt::coproc {
@@ -161,54 +159,6 @@ TEST(Topology, ThisMachineHasACore) {
   EXPECT_GE(machine.cores.size(), 1u);
   EXPECT_GE(machine.num_cpus(), 1);
   EXPECT_GE(machine.numa_nodes, 1u);
-}
-
-TEST(Settings, EveryNameHasItsEnvironmentVariable) {
-  EXPECT_EQ(environment_name("weight-format"), "KT_COPROC_WEIGHT_FORMAT");
-  for (const Setting& setting : all_settings()) {
-    EXPECT_EQ(find_setting(setting.name), &setting);
-    // These belong to the training job.
-    EXPECT_NE(environment_name(setting.name), "KT_COPROC_JOB");
-    EXPECT_NE(environment_name(setting.name), "KT_COPROC_OTHER_MODELS");
-  }
-  EXPECT_EQ(find_setting("thread"), nullptr);
-}
-
-constexpr std::uint64_t kSecond = 1'000'000'000;
-
-TEST(StallDetector, WorkThatDoesNotMoveForTenSecondsIsAStall) {
-  StallDetector detector;
-  EXPECT_FALSE(detector.update(100 * kSecond, true, 5));
-  EXPECT_FALSE(detector.update(109 * kSecond, true, 5));
-  EXPECT_TRUE(detector.update(110 * kSecond, true, 5));
-  EXPECT_FALSE(detector.update(111 * kSecond, true, 6)) << "it moved";
-  EXPECT_TRUE(detector.update(121 * kSecond, true, 6));
-  EXPECT_FALSE(detector.update(122 * kSecond, false, 6)) << "nothing to do";
-  EXPECT_FALSE(detector.update(131 * kSecond, true, 6)) << "the clock starts with the work";
-}
-
-TEST(StallDetector, OnlyRequestsTheDaemonCouldWorkOnCount) {
-  const auto page = std::make_unique<shm::StatusPage>();
-  EXPECT_FALSE(work_in_flight(*page, false));
-  shm::RankRow& row = page->ranks[7];
-  row.in_flight = 1;
-  row.state = static_cast<std::uint32_t>(shm::RankState::kForward);
-  EXPECT_FALSE(work_in_flight(*page, false)) << "a free row";
-  row.used = 1;
-  EXPECT_TRUE(work_in_flight(*page, false));
-  row.state = static_cast<std::uint32_t>(shm::RankState::kCollective);
-  EXPECT_FALSE(work_in_flight(*page, false));
-  row.state = static_cast<std::uint32_t>(shm::RankState::kBackward);
-  EXPECT_TRUE(work_in_flight(*page, false));
-  EXPECT_FALSE(work_in_flight(*page, true)) << "deterministic backwards wait for each other";
-}
-
-TEST(StallDetector, EveryAnswerIsProgress) {
-  const auto page = std::make_unique<shm::StatusPage>();
-  const std::uint64_t before = engine_progress(*page);
-  page->ranks[3].used = 1;
-  shm::record_latency(page->ranks[3].latency, 1000);
-  EXPECT_NE(engine_progress(*page), before);
 }
 
 }  // namespace
