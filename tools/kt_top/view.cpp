@@ -95,13 +95,13 @@ void add_head(const json& status, int columns, std::vector<std::string>& lines) 
                   field(format_uptime(number_of(status, "uptime_seconds")), 14) + "pid " +
                   field(text_of(status, "pid"), 9) + "version " + text_of(status, "version"));
   lines.push_back("model    " + field(text_of(model, "path"), columns - 9));
-  lines.push_back(print("         %s  %s layers × %s experts, top %s, hidden %s, intermediate %s",
-                        text_of(model, "architecture").c_str(), text_of(model, "num_layers").c_str(),
-                        text_of(model, "num_experts").c_str(), text_of(model, "top_k").c_str(),
-                        text_of(model, "hidden_size").c_str(), text_of(model, "intermediate_size").c_str()));
-  lines.push_back("         weights " + text_of(model, "weight_format") + ", kernels " + text_of(status, "kernels") +
-                  ", " + text_of(status, "worker_threads") + " workers on " + text_of(status, "numa_nodes") +
-                  " NUMA node(s)");
+  lines.push_back(print("         %s, %s layers × %s experts, top %s", text_of(model, "architecture").c_str(),
+                        text_of(model, "num_layers").c_str(), text_of(model, "num_experts").c_str(),
+                        text_of(model, "top_k").c_str()));
+  lines.push_back(print("         hidden %s, intermediate %s, weights %s, kernels %s, workers %s, NUMA nodes %s",
+                        text_of(model, "hidden_size").c_str(), text_of(model, "intermediate_size").c_str(),
+                        text_of(model, "weight_format").c_str(), text_of(status, "kernels").c_str(),
+                        text_of(status, "worker_threads").c_str(), text_of(status, "numa_nodes").c_str()));
   if (state == "loading") {
     const json& load = part(status, "load");
     const double done = number_of(load, "bytes_done");
