@@ -9,6 +9,9 @@ namespace kt::kernels {
 namespace amx {
 extern const KernelTable kTable;
 }
+namespace avx2 {
+extern const KernelTable kTable;
+}
 namespace avx512 {
 extern const KernelTable kTable;
 }
@@ -22,7 +25,7 @@ extern const KernelTable kTable;
 namespace {
 
 // Best first within each element size.
-constexpr std::array<const KernelTable*, 4> kBestFirst = {&amx::kTable, &avx512::kTable, &scalar::kTable,
+constexpr std::array<const KernelTable*, 5> kBestFirst = {&amx::kTable, &avx512::kTable, &avx2::kTable, &scalar::kTable,
                                                           &scalar_fp32::kTable};
 
 void set(std::string* why, std::string text) {

@@ -8,6 +8,21 @@
 // Gate and up of one expert are one matrix of 2I rows with their panels interleaved: panel 2i = gate rows 32i…, panel
 // 2i+1 = up rows 32i…. Every [m, 2I] array (gate_up, its gradient) has its columns in that order: 32 gate, 32 up, …
 //
+// Quantised weights: integers of 8 or 4 bits, a scale per row and `group` columns of k (32, 64 or 128; the last group
+// has what is left of K). Panel p, again of 32 rows, is its groups one after the other, each:
+//   scales: [32] floats, 128 bytes;
+//   int8:   [group/4][32][4] bytes: byte i of a row's four is W[row, k+i], for k = 0, 4, 8, …
+//   int4:   [group/8][32][4] bytes: byte i of a row's four is W[row, k+2i] in the low four bits and W[row, k+2i+1] in
+//           the high ones, for k = 0, 8, 16, … Both in two's complement.
+// So a panel of K columns takes 32·K·bits/8 + 128·⌈K/group⌉ bytes, and the pad.
+//
+// A weight is the bf16 nearest to integer · scale, in both directions: dequantise writes such panels, which gemm and
+// transpose_panel take like any other. The weight of a group that is the largest by magnitude becomes -128 or -8, the
+// others the nearest integer up to 127 or 7, so scales may be negative. They are cut to 17 significant bits of which
+// the last is 1: a product with an integer is then exact in fp32 and never half-way between two bf16, so that every way
+// of rounding to nearest gives the same bits. A group with a weight that is not finite has NaN as its scale; one whose
+// weights are all below 2^-100 is zero.
+//
 // One reduction order per table: an element of C is reduced over k ascending, in the same order for every m, every
 // number of panels and every position in them. Backward makes a panel of Wᵀ in scratch (transpose_panel) and calls
 // the same gemm. "element" is bf16 (std::uint16_t bits) or float, by element_bytes; all accumulation is fp32.
@@ -36,6 +51,28 @@ struct Panels {
   std::int64_t k = 0;           // a multiple of 32
 };
 
+inline constexpr std::int64_t kQuantGroupMax = 128;
+
+struct QuantFormat {
+  std::int32_t bits = 8;                // 8 or 4
+  std::int32_t group = kQuantGroupMax;  // 32, 64 or 128
+};
+
+// A view of quantised panels, like Panels.
+struct QuantPanels {
+  const std::byte* data = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t num_panels = 0;
+  std::int64_t k = 0;
+  QuantFormat format;
+};
+
+// Bytes from one quantised panel to the next.
+constexpr std::int64_t quant_panel_stride_bytes(std::int64_t k, QuantFormat format) {
+  const std::int64_t num_groups = (k + format.group - 1) / format.group;
+  return kPanelRows * (k * format.bits / 8 + num_groups * static_cast<std::int64_t>(sizeof(float))) + kPanelPadBytes;
+}
+
 // Scalars of one AdamW step of one parameter, computed in double as torch's single-tensor path does:
 //   decoupled: p *= 1 - lr·weight_decay; else g += weight_decay·p
 //   m += (g - m)(1 - beta1);  v = beta2·v + (1 - beta2)·g²;  p -= step_size · m / (sqrt(v)/bias_correction2_sqrt + eps)
@@ -60,6 +97,15 @@ struct KernelTable {
   // and columns from k are zero. panels: writable data, stride bytes apart.
   void (*pack)(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k, std::int64_t k_padded,
                std::int64_t num_panels, void* panels, std::int64_t stride);
+
+  // The same into quantised panels. Null in tables of fp32 elements.
+  void (*quantise)(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k, std::int64_t k_padded,
+                   std::int64_t num_panels, QuantFormat format, void* panels, std::int64_t stride);
+
+  // Columns [k_begin, k_begin + k_count) of all panels of w, multiples of 32, as panels of elements of k_count columns,
+  // out_stride bytes apart and without pad. Null in tables of fp32 elements.
+  void (*dequantise)(const QuantPanels& w, std::int64_t k_begin, std::int64_t k_count, void* out,
+                     std::int64_t out_stride);
 
   // Panel q of Wᵀ: its 32 rows are columns 32q…32q+31 of w, its k is 32·w.num_panels. Writes panel bytes without pad.
   void (*transpose_panel)(const Panels& w, std::int64_t q, void* out);

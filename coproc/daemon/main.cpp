@@ -22,6 +22,7 @@ constexpr Verb kVerbs[] = {
     {"status", status_verb, "show what the daemon is doing"},
     {"env", env_verb, "print the line that makes training jobs use the daemon"},
     {"stop", stop_verb, "end the daemon"},
+    {"bench", bench_verb, "measure this machine, and one layer on it"},
     {"version", version_verb, "print the version"},
 };
 

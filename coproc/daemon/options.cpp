@@ -125,10 +125,6 @@ Status read_numa(const Reader& reader, RunOptions& options) {
 
 Status read_formats(const Reader& reader, RunOptions& options) {
   KT_TRY_STATUS(reader.choice("weight-format", {"bf16", "fp32", "int8", "int4"}, options.weight_format));
-  if (options.weight_format == "int8" || options.weight_format == "int4") {
-    return bad_value(*reader.find("weight-format"), "weight-format", "quantised weights are not in this version",
-                     "use --weight-format bf16");
-  }
   KT_TRY_STATUS(reader.choice("kernels", {"auto", "amx", "avx512", "avx2", "scalar"}, options.kernels));
   if (options.weight_format == "fp32" && options.kernels != "auto" && options.kernels != "scalar") {
     return bad_value(*reader.find("kernels"), "kernels", "weight format fp32 runs on the scalar kernels only",

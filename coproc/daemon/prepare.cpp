@@ -41,7 +41,7 @@ Result<Prepared> prepare(const RunOptions& options) {
 
   const CgroupLimits limits = read_cgroup_limits();
   const MemoryRoom room = read_memory_room(limits);
-  KT_TRY(auto weights, ExpertWeights::create(dims, *table));
+  KT_TRY(auto weights, ExpertWeights::create(dims, *table, quantised_format(options.weight_format)));
   KT_TRY_STATUS(require_memory(room, weights->bytes(), "the expert weights of " + checkpoint.config().path));
 
   EngineOptions engine;

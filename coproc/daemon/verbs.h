@@ -13,6 +13,7 @@ int wait_verb(const Arguments& arguments);
 int status_verb(const Arguments& arguments);
 int env_verb(const Arguments& arguments);
 int stop_verb(const Arguments& arguments);
+int bench_verb(const Arguments& arguments);
 int version_verb(const Arguments& arguments);
 
 }  // namespace kt::coproc

@@ -9,6 +9,8 @@ using shm::AdapterTensor;
 
 // dY gathered and yb; X and xa where they are needed.
 void ExpertCompute::State::prepare_backward(const LoraLayer* lora, std::span<const BackwardItem> items, bool need_x) {
+  count_gather_dy(lora);
+  if (need_x) count_gather_x(lora);
   run(row_tasks, [&](const RowTask& rows, int worker) {
     gather(rows.begin, rows.end, h, hp, dy.data(), [&](std::size_t item) { return items[item].dy; });
     if (yb.rank > 0) {
@@ -24,14 +26,16 @@ void ExpertCompute::State::prepare_backward(const LoraLayer* lora, std::span<con
 // p = dY·Wd + (s·yb)·Ad, one transposed panel of 32 columns for all rows of an expert.
 void ExpertCompute::State::compute_p(std::uint32_t moe_index, const LoraLayer* lora) {
   plan_transposed(ip / kPanelRows, hp);
+  count_p(moe_index, lora);
   run(panel_tasks, [&](const PanelTask& task, int worker) {
     WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
     const std::int64_t first = routes.first_row[static_cast<std::size_t>(task.expert)];
     const std::int64_t count = routes.rows_of(task.expert);
-    const kernels::Panels w = weights.down(moe_index, static_cast<std::uint32_t>(task.expert));
+    const WeightMatrix w = weights.down(moe_index, static_cast<std::uint32_t>(task.expert));
     for (std::int64_t panel = task.begin; panel < task.end; ++panel) {
       float* to = p.floats() + first * ip + panel * kPanelRows;
-      table.gemm(dy.data() + first * hp * eb, hp, count, transpose(w, panel, scratch.transposed), to, ip, false);
+      const kernels::Panels wt = w.transpose(table, panel, scratch.transposed, scratch.weights);
+      table.gemm(dy.data() + first * hp * eb, hp, count, wt, to, ip, false);
       if (yb.rank == 0) continue;
       const kernels::Panels a = lora->packed(LoraLayer::kDownA, task.expert);
       table.gemm(yb.rounded.data() + first * yb.rank * eb, yb.rank, count, transpose(a, panel, scratch.lora), to, ip,
@@ -71,6 +75,7 @@ void ExpertCompute::State::differentiate_kept(const RowTask& rows, bool keep_z, 
 void ExpertCompute::State::differentiate(const LoraLayer* lora, std::span<const BackwardItem> items, bool recomputed,
                                          bool accumulate) {
   const bool keep_z = accumulate && za.rank > 0;
+  count_differentiate(lora, keep_z);
   run(row_tasks, [&](const RowTask& rows, int worker) {
     if (recomputed) {
       differentiate_rows(rows.begin, rows.end, gate_up.data() + rows.begin * 2 * ip * eb, keep_z, items);
@@ -87,14 +92,15 @@ void ExpertCompute::State::differentiate(const LoraLayer* lora, std::span<const 
 // out = dG|dU·gate_up + (s·gb)·gate_up_a, rounded per route.
 void ExpertCompute::State::compute_dx(std::uint32_t moe_index, const LoraLayer* lora) {
   plan_transposed(hp / kPanelRows, 2 * ip);
+  count_dx(moe_index, lora);
   run(panel_tasks, [&](const PanelTask& task, int worker) {
     WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
     const std::int64_t rows_max = tile_rows(kPanelRows);
     float* tile = scratch.tile.ensure_floats(rows_max * kPanelRows);
-    const kernels::Panels w = weights.gate_up(moe_index, static_cast<std::uint32_t>(task.expert));
+    const WeightMatrix w = weights.gate_up(moe_index, static_cast<std::uint32_t>(task.expert));
     const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
     for (std::int64_t panel = task.begin; panel < task.end; ++panel) {
-      const kernels::Panels wt = transpose(w, panel, scratch.transposed);
+      const kernels::Panels wt = w.transpose(table, panel, scratch.transposed, scratch.weights);
       kernels::Panels at;
       if (gb.rank > 0) at = transpose(lora->packed(LoraLayer::kGateUpA, task.expert), panel, scratch.lora);
       for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
@@ -146,6 +152,7 @@ void ExpertCompute::State::accumulate_gradient(LoraLayer& lora, AdapterTensor wh
 }
 
 void ExpertCompute::State::accumulate_gradients(LoraLayer& lora) {
+  count_gradients(lora);
   constexpr auto kTensors = static_cast<std::int64_t>(shm::kNumAdapterTensors);
   pool.run(static_cast<std::int64_t>(routes.experts.size()) * kTensors, [&](std::int64_t task, int) {
     const auto which = static_cast<AdapterTensor>(task % kTensors);

@@ -28,6 +28,8 @@ void ExpertCompute::State::plan() {
   routes.group(batch, dims.num_experts, top_k);
   plan_rows(routes, row_tasks);
   plan_tokens(batch, token_tasks);
+  traffic.stages.clear();
+  traffic.num_routes = routes.num_rows;
 }
 
 void ExpertCompute::State::plan_weights(std::int64_t num_panels, std::int64_t k) {
@@ -97,12 +99,15 @@ void ExpertCompute::State::activate(std::int64_t begin, std::int64_t count, cons
 void ExpertCompute::State::compute_gate_up(std::uint32_t moe_index, const LoraLayer* lora,
                                            std::span<const ForwardItem> items) {
   plan_weights(2 * ip / kPanelRows, hp);
+  count_gate_up(moe_index, lora, items);
   run(panel_tasks, [&](const PanelTask& task, int worker) {
     const std::int64_t num_panels = task.end - task.begin;
     const std::int64_t columns = num_panels * kPanelRows;
     const std::int64_t rows_max = tile_rows(columns);
-    float* tile = workers[static_cast<std::size_t>(worker)].tile.ensure_floats(rows_max * columns);
-    const auto w = slice(weights.gate_up(moe_index, static_cast<std::uint32_t>(task.expert)), task.begin, num_panels);
+    WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
+    float* tile = scratch.tile.ensure_floats(rows_max * columns);
+    const kernels::Panels w = weights.gate_up(moe_index, static_cast<std::uint32_t>(task.expert))
+                                  .elements(table, task.begin, num_panels, scratch.weights);
     const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
     for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
       const std::int64_t count = std::min(rows_max, end - row);
@@ -118,12 +123,15 @@ void ExpertCompute::State::compute_gate_up(std::uint32_t moe_index, const LoraLa
 
 void ExpertCompute::State::compute_down(std::uint32_t moe_index, const LoraLayer* lora) {
   plan_weights(hp / kPanelRows, ip);
+  count_down(moe_index, lora);
   run(panel_tasks, [&](const PanelTask& task, int worker) {
     const std::int64_t num_panels = task.end - task.begin;
     const std::int64_t columns = num_panels * kPanelRows;
     const std::int64_t rows_max = tile_rows(columns);
-    float* tile = workers[static_cast<std::size_t>(worker)].tile.ensure_floats(rows_max * columns);
-    const auto w = slice(weights.down(moe_index, static_cast<std::uint32_t>(task.expert)), task.begin, num_panels);
+    WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
+    float* tile = scratch.tile.ensure_floats(rows_max * columns);
+    const kernels::Panels w = weights.down(moe_index, static_cast<std::uint32_t>(task.expert))
+                                  .elements(table, task.begin, num_panels, scratch.weights);
     const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
     for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
       const std::int64_t count = std::min(rows_max, end - row);
@@ -142,6 +150,8 @@ ExpertCompute::ExpertCompute(const ExpertDims& dims, const kernels::KernelTable&
     : state_(std::make_unique<State>(dims, table, weights, pool)) {}
 ExpertCompute::~ExpertCompute() = default;
 
+const Traffic& ExpertCompute::traffic() const { return state_->traffic; }
+
 void ExpertCompute::forward(std::uint32_t layer, const Adapter* adapter, std::span<const ForwardItem> items) {
   State& s = *state_;
   const std::int32_t moe_index = s.dims.moe_index(layer);
@@ -158,12 +168,14 @@ void ExpertCompute::forward(std::uint32_t layer, const Adapter* adapter, std::sp
   s.xa.ensure(num_rows, lora == nullptr ? 0 : lora->gate_up_rank(), s.eb);
   s.za.ensure(num_rows, lora == nullptr ? 0 : lora->down_rank(), s.eb);
 
+  s.count_gather_x(lora);
   s.run(s.row_tasks, [&](const RowTask& rows, int) {
     s.gather(rows.begin, rows.end, s.h, s.hp, s.x.data(), [&](std::size_t item) { return items[item].x; });
     s.project_x(rows, lora);
   });
   s.compute_gate_up(moe, lora, items);
   if (s.za.rank > 0) {
+    s.count_project_z(lora);
     s.run(s.row_tasks, [&](const RowTask& rows, int) {
       s.project(rows, s.z, s.ip, lora->packed(LoraLayer::kDownA, rows.expert), lora->spec.down.scaling, s.za);
     });

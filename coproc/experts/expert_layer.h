@@ -10,6 +10,7 @@
 
 #include "coproc/experts/adapter.h"
 #include "coproc/experts/dims.h"
+#include "coproc/experts/traffic.h"
 #include "coproc/experts/weights.h"
 #include "coproc/experts/worker_pool.h"
 
@@ -56,6 +57,9 @@ class ExpertCompute {
   void forward(std::uint32_t layer, const Adapter* adapter, std::span<const ForwardItem> items);
   // accumulate: adds the LoRA gradients to adapter->S and marks the layer touched.
   void backward(std::uint32_t layer, Adapter* adapter, std::span<const BackwardItem> items, bool accumulate);
+
+  // What the last forward or backward moved.
+  const Traffic& traffic() const;
 
  private:
   struct State;

@@ -41,6 +41,7 @@ struct Projection {
 
 struct WorkerScratch {
   Scratch tile;        // f32 results of a task for some rows.
+  Scratch weights;     // Quantised weights as elements: a task's panels, or blocks on their way to `transposed`.
   Scratch transposed;  // One panel of a transposed weight matrix.
   Scratch lora;        // One panel of a transposed LoRA matrix.
 };
@@ -95,6 +96,7 @@ struct ExpertCompute::State {
                        weighted ? batch[item].weights + first : nullptr, task.end - task.begin, top_k, h,
                        target + task.begin * h * eb, h);
     });
+    count_sum();
   }
 
   // Backward's phases and their parts (expert_backward.cpp).
@@ -108,6 +110,32 @@ struct ExpertCompute::State {
   void compute_dx(std::uint32_t moe_index, const LoraLayer* lora);
   void accumulate_gradients(LoraLayer& lora);
   void accumulate_gradient(LoraLayer& lora, shm::AdapterTensor which, std::int32_t expert);
+
+  // The phases' entries in `traffic` (traffic.cpp). Those of panels come after their plan.
+  void count_gather_x(const LoraLayer* lora);
+  void count_gate_up(std::uint32_t moe_index, const LoraLayer* lora, std::span<const ForwardItem> items);
+  void count_project_z(const LoraLayer* lora);
+  void count_down(std::uint32_t moe_index, const LoraLayer* lora);
+  void count_sum();
+  void count_gather_dy(const LoraLayer* lora);
+  void count_p(std::uint32_t moe_index, const LoraLayer* lora);
+  void count_differentiate(const LoraLayer* lora, bool keep_z);
+  void count_dx(std::uint32_t moe_index, const LoraLayer* lora);
+  void count_gradients(const LoraLayer& lora);
+
+  // What a phase of panels reads of its rows, by rule T3. num_passes 0: one pass per task.
+  struct PanelPass {
+    std::int64_t row_bytes = 0;
+    std::int64_t panel_bytes = 0;
+    std::int64_t num_passes = 0;
+  };
+  std::int64_t panel_pass_bytes(const PanelPass& pass) const;
+  // What tasks by rows read again of rows just written, multiplying by a matrix of that size (T4).
+  std::int64_t row_pass_bytes(std::int64_t row_bytes, std::int64_t matrix_bytes) const;
+  std::int64_t touched_bytes(std::int64_t bytes_per_expert) const;
+  std::int64_t written_bytes(const Projection& projection) const;
+  Traffic::Stage gathered(std::string_view name, const LoraLayer* lora, LoraLayer::Part part,
+                          const Projection& projected) const;
 
   // Rows of `columns` f32 that fit a worker's tile; also few enough that the rows of A pass through L2 beside it.
   static std::int64_t tile_rows(std::int64_t columns) {
@@ -131,6 +159,7 @@ struct ExpertCompute::State {
   Scratch x, dy, gate_up, z, out, p, dw, dgu;
   Projection xa, za, yb, gb;
   std::vector<WorkerScratch> workers;
+  Traffic traffic;
 };
 
 // Panels [begin, begin + count) of w.

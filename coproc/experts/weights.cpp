@@ -1,22 +1,72 @@
 #include "coproc/experts/weights.h"
 
+#include <algorithm>
 #include <utility>
-
-#include "coproc/experts/memory.h"
 
 namespace kt::coproc {
 
+using kernels::kPanelRows;
+
+std::optional<kernels::QuantFormat> quantised_format(std::string_view weight_format) {
+  if (weight_format == "int8") return kernels::QuantFormat{.bits = 8, .group = 128};
+  if (weight_format == "int4") return kernels::QuantFormat{.bits = 4, .group = 128};
+  return std::nullopt;
+}
+
+kernels::Panels WeightMatrix::elements(const kernels::KernelTable& table, std::int64_t begin, std::int64_t count,
+                                       Scratch& scratch) const {
+  if (!quantised) return {data + begin * stride, stride, count, k};
+  const std::int64_t to_stride = kernels::panel_stride_bytes(k, table.element_bytes);
+  std::byte* to = scratch.ensure(count * to_stride);
+  table.dequantise({data + begin * stride, stride, count, k, *quantised}, 0, k, to, to_stride);
+  return {to, to_stride, count, k};
+}
+
+kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, std::int64_t q, Scratch& transposed,
+                                        Scratch& scratch) const {
+  constexpr std::int64_t kPanelsAtATime = 8;  // 16 KiB of bf16 that stay in L1 between the two steps.
+  const std::int64_t block_bytes = kPanelRows * kPanelRows * table.element_bytes;
+  std::byte* to = transposed.ensure(num_panels * block_bytes);
+  const kernels::Panels result = {to, num_panels * block_bytes, 1, num_panels * kPanelRows};
+  if (!quantised) {
+    table.transpose_panel({data, stride, num_panels, k}, q, to);
+    return result;
+  }
+  std::byte* blocks = scratch.ensure(kPanelsAtATime * block_bytes);
+  for (std::int64_t first = 0; first < num_panels; first += kPanelsAtATime) {
+    const std::int64_t count = std::min(kPanelsAtATime, num_panels - first);
+    table.dequantise({data + first * stride, stride, count, k, *quantised}, q * kPanelRows, kPanelRows, blocks,
+                     block_bytes);
+    table.transpose_panel({blocks, block_bytes, count, kPanelRows}, 0, to + first * block_bytes);
+  }
+  return result;
+}
+
 // One mapping, expert after expert, layer after layer: gate_up panels, then down panels.
 struct ExpertWeights::State {
-  State(ExpertDims dims_in, const kernels::KernelTable& table_in)
+  State(ExpertDims dims_in, const kernels::KernelTable& table_in, std::optional<kernels::QuantFormat> quantised_in)
       : dims(std::move(dims_in)),
         table(table_in),
-        gate_up_stride(kernels::panel_stride_bytes(dims.hidden_padded(), table.element_bytes)),
-        down_stride(kernels::panel_stride_bytes(dims.intermediate_padded(), table.element_bytes)),
+        quantised(quantised_in),
+        gate_up_stride(stride(dims.hidden_padded())),
+        down_stride(stride(dims.intermediate_padded())),
         gate_up_panels(2 * dims.intermediate_padded() / kernels::kPanelRows),
         down_panels(dims.hidden_padded() / kernels::kPanelRows),
         expert_bytes(gate_up_panels * gate_up_stride + down_panels * down_stride) {}
 
+  std::int64_t stride(std::int64_t k) const {
+    return quantised ? kernels::quant_panel_stride_bytes(k, *quantised)
+                     : kernels::panel_stride_bytes(k, table.element_bytes);
+  }
+  // rows[n, k] into num_panels panels, panel_stride bytes apart.
+  void pack(const void* rows, std::int64_t n, std::int64_t k, std::int64_t k_padded, std::int64_t num_panels,
+            std::byte* panels, std::int64_t panel_stride) const {
+    if (quantised) {
+      table.quantise(rows, k, n, k, k_padded, num_panels, *quantised, panels, panel_stride);
+    } else {
+      table.pack(rows, k, n, k, k_padded, num_panels, panels, panel_stride);
+    }
+  }
   std::byte* expert(std::uint32_t moe_index, std::uint32_t expert_idx) const {
     KT_DCHECK(moe_index < dims.moe_layers.size() && expert_idx < dims.num_experts);
     const std::int64_t index = static_cast<std::int64_t>(moe_index) * dims.num_experts + expert_idx;
@@ -28,6 +78,7 @@ struct ExpertWeights::State {
 
   ExpertDims dims;
   const kernels::KernelTable& table;
+  std::optional<kernels::QuantFormat> quantised;
   std::int64_t gate_up_stride;
   std::int64_t down_stride;
   std::int64_t gate_up_panels;
@@ -36,21 +87,21 @@ struct ExpertWeights::State {
   Memory memory;
 };
 
-ExpertWeights::ExpertWeights(const ExpertDims& dims, const kernels::KernelTable& table)
-    : state_(std::make_unique<State>(dims, table)) {}
+ExpertWeights::ExpertWeights(std::unique_ptr<State> state) : state_(std::move(state)) {}
 ExpertWeights::~ExpertWeights() = default;
 
-Result<std::unique_ptr<ExpertWeights>> ExpertWeights::create(const ExpertDims& dims,
-                                                             const kernels::KernelTable& table) {
+Result<std::unique_ptr<ExpertWeights>> ExpertWeights::create(const ExpertDims& dims, const kernels::KernelTable& table,
+                                                             std::optional<kernels::QuantFormat> quantised) {
   KT_CHECK(dims.element_bytes == table.element_bytes);
-  std::unique_ptr<ExpertWeights> weights(new ExpertWeights(dims, table));
-  KT_TRY(weights->state_->memory,
-         Memory::map(weights->bytes(),
+  KT_CHECK(!quantised || table.quantise != nullptr);
+  auto state = std::make_unique<State>(dims, table, quantised);
+  KT_TRY(state->memory,
+         Memory::map(state->bytes(),
                      "the expert weights of " + std::to_string(dims.moe_layers.size()) + " layers × " +
                          std::to_string(dims.num_experts) + " experts",
                      "stop other processes on this machine, raise the container's memory limit, or serve a smaller "
                      "model"));
-  return weights;
+  return std::unique_ptr<ExpertWeights>(new ExpertWeights(std::move(state)));
 }
 
 void ExpertWeights::set_expert(std::uint32_t moe_index, std::uint32_t expert, const void* gate, const void* up,
@@ -59,25 +110,23 @@ void ExpertWeights::set_expert(std::uint32_t moe_index, std::uint32_t expert, co
   const std::int64_t hidden = s.dims.hidden_size;
   const std::int64_t intermediate = s.dims.intermediate_size;
   std::byte* to = s.expert(moe_index, expert);
-  const auto pack_half = [&](const void* rows, std::byte* first_panel) {
-    s.table.pack(rows, hidden, intermediate, hidden, s.dims.hidden_padded(), s.gate_up_panels / 2, first_panel,
-                 2 * s.gate_up_stride);
-  };
-  pack_half(gate, to);
-  pack_half(up, to + s.gate_up_stride);
-  s.table.pack(down, intermediate, hidden, intermediate, s.dims.intermediate_padded(), s.down_panels,
-               to + s.gate_up_panels * s.gate_up_stride, s.down_stride);
+  // Panels of gate and up alternate.
+  s.pack(gate, intermediate, hidden, s.dims.hidden_padded(), s.gate_up_panels / 2, to, 2 * s.gate_up_stride);
+  s.pack(up, intermediate, hidden, s.dims.hidden_padded(), s.gate_up_panels / 2, to + s.gate_up_stride,
+         2 * s.gate_up_stride);
+  s.pack(down, hidden, intermediate, s.dims.intermediate_padded(), s.down_panels,
+         to + s.gate_up_panels * s.gate_up_stride, s.down_stride);
 }
 
-kernels::Panels ExpertWeights::gate_up(std::uint32_t moe_index, std::uint32_t expert) const {
+WeightMatrix ExpertWeights::gate_up(std::uint32_t moe_index, std::uint32_t expert) const {
   const State& s = *state_;
-  return {s.expert(moe_index, expert), s.gate_up_stride, s.gate_up_panels, s.dims.hidden_padded()};
+  return {s.expert(moe_index, expert), s.gate_up_stride, s.gate_up_panels, s.dims.hidden_padded(), s.quantised};
 }
 
-kernels::Panels ExpertWeights::down(std::uint32_t moe_index, std::uint32_t expert) const {
+WeightMatrix ExpertWeights::down(std::uint32_t moe_index, std::uint32_t expert) const {
   const State& s = *state_;
   return {s.expert(moe_index, expert) + s.gate_up_panels * s.gate_up_stride, s.down_stride, s.down_panels,
-          s.dims.intermediate_padded()};
+          s.dims.intermediate_padded(), s.quantised};
 }
 
 std::uint64_t ExpertWeights::bytes() const { return state_->bytes(); }

@@ -1,34 +1,62 @@
 // The frozen expert weights: one packed copy, read by forward and backward, shared by all jobs.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string_view>
 
 #include "coproc/experts/dims.h"
+#include "coproc/experts/memory.h"
 #include "kernels/kernel_table.h"
 #include "shm/base/result.h"
 
 namespace kt::coproc {
 
+// How the weights of a --weight-format are quantised; empty: not at all. Groups are the longest there are: their scales
+// add 3 % to the bytes of int8 and 6 % to those of int4.
+std::optional<kernels::QuantFormat> quantised_format(std::string_view weight_format);
+
+// A packed matrix as it is kept: panels of elements, or quantised ones. Kernels multiply by elements only.
+struct WeightMatrix {
+  // Panels [begin, begin + count) as elements: where they lie, or dequantised into `scratch`.
+  kernels::Panels elements(const kernels::KernelTable& table, std::int64_t begin, std::int64_t count,
+                           Scratch& scratch) const;
+  // Panel q of the transpose, in `transposed`. Quantised weights pass through `scratch` as they do in elements(): both
+  // directions multiply by the same numbers.
+  kernels::Panels transpose(const kernels::KernelTable& table, std::int64_t q, Scratch& transposed,
+                            Scratch& scratch) const;
+
+  const std::byte* data = nullptr;
+  std::int64_t stride = 0;  // Bytes.
+  std::int64_t num_panels = 0;
+  std::int64_t k = 0;
+  std::optional<kernels::QuantFormat> quantised;  // Empty: elements.
+};
+
 class ExpertWeights {
  public:
-  // Reserves the memory (kNoResources with numbers when it is not there); nothing is packed yet.
-  static Result<std::unique_ptr<ExpertWeights>> create(const ExpertDims& dims, const kernels::KernelTable& table);
+  // Reserves the memory (kNoResources with numbers when it is not there); nothing is packed yet. With `quantised` the
+  // weights are kept in that format only.
+  static Result<std::unique_ptr<ExpertWeights>> create(const ExpertDims& dims, const kernels::KernelTable& table,
+                                                       std::optional<kernels::QuantFormat> quantised = std::nullopt);
   ~ExpertWeights();
   ExpertWeights(const ExpertWeights&) = delete;
   ExpertWeights& operator=(const ExpertWeights&) = delete;
 
-  // Packs one expert from row-major elements: gate, up [I, H], down [H, I]. Thread-safe for different experts.
+  // Packs or quantises one expert from row-major elements: gate, up [I, H], down [H, I]. Thread-safe for different
+  // experts.
   void set_expert(std::uint32_t moe_index, std::uint32_t expert, const void* gate, const void* up, const void* down);
 
   // [2I, H], gate and up panels interleaved.
-  kernels::Panels gate_up(std::uint32_t moe_index, std::uint32_t expert) const;
+  WeightMatrix gate_up(std::uint32_t moe_index, std::uint32_t expert) const;
   // [H, I].
-  kernels::Panels down(std::uint32_t moe_index, std::uint32_t expert) const;
+  WeightMatrix down(std::uint32_t moe_index, std::uint32_t expert) const;
   std::uint64_t bytes() const;
 
  private:
-  ExpertWeights(const ExpertDims& dims, const kernels::KernelTable& table);
   struct State;
+  explicit ExpertWeights(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;
 };
 

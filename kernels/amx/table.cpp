@@ -16,6 +16,7 @@ constexpr int kLanes = 16;
 #include "kernels/avx512/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
+#include "kernels/generic/quantised.inl"
 #include "kernels/avx512/transpose.inl"
 #include "kernels/amx/nest.inl"
 #include "kernels/amx/gemm.inl"
@@ -29,6 +30,8 @@ constinit const KernelTable kTable = {
     .required = kAmxBf16 | kAvx512Bf16,
     .element_bytes = sizeof(Element),
     .pack = pack,
+    .quantise = quantise,
+    .dequantise = dequantise,
     .transpose_panel = transpose_panel,
     .gemm = gemm,
     .round_rows = round_rows,

@@ -14,6 +14,7 @@ constexpr int kLanes = 4;
 #include "kernels/scalar/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
+#include "kernels/generic/quantised.inl"
 #include "kernels/scalar/gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"
@@ -25,6 +26,8 @@ constinit const KernelTable kTable = {
     .required = 0,
     .element_bytes = sizeof(Element),
     .pack = pack,
+    .quantise = quantise,
+    .dequantise = dequantise,
     .transpose_panel = transpose_panel,
     .gemm = gemm,
     .round_rows = round_rows,

@@ -16,7 +16,7 @@ ALLOWED = {
     "tools": {"tools", "client", "shm"},
 }
 # Inside coproc/: a lower folder never includes a higher one.
-COPROC_ORDER = ["machine", "model", "experts", "engine", "daemon"]
+COPROC_ORDER = ["machine", "model", "experts", "engine", "bench", "daemon"]
 FOLDERS = {"coproc", "shm", "client", "kernels", "python", "tests", "tools"}
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.M)
 

@@ -41,6 +41,20 @@ TEST(Dispatch, ATableThatCannotRunIsRefusedWithWhatTheCpuLacks) {
   override_cpu_features_for_test(std::nullopt);
 }
 
+TEST(Dispatch, Avx2ComesBetweenAvx512AndScalar) {
+  override_cpu_features_for_test(kAvx2Fma);
+  EXPECT_EQ(find_table("auto", 2, nullptr)->name, "avx2");
+  EXPECT_EQ(find_table("auto", 4, nullptr)->name, "scalar");
+  override_cpu_features_for_test(kAvx2Fma | kAvx512Bf16);
+  EXPECT_EQ(find_table("auto", 2, nullptr)->name, "avx512");
+  EXPECT_EQ(find_table("avx2", 2, nullptr)->name, "avx2");
+  override_cpu_features_for_test(kAvx512Bf16);
+  std::string why;
+  EXPECT_EQ(find_table("avx2", 2, &why), nullptr);
+  EXPECT_NE(why.find("avx2 needs what this CPU lacks: "), std::string::npos) << why;
+  override_cpu_features_for_test(std::nullopt);
+}
+
 TEST(Dispatch, AmxNeedsTilesAndAvx512AndComesFirst) {
   override_cpu_features_for_test(kAmxBf16 | kAvx512Bf16);
   EXPECT_EQ(find_table("auto", 2, nullptr)->name, "amx");

@@ -150,6 +150,31 @@ TEST_F(EvexEmulator, FlagsGeneralRegistersAndTheRedZoneSurvive) {
   EXPECT_EQ(wrong, 0u);
 }
 
+TEST_F(EvexEmulator, IntegersAreShiftedConvertedComparedAndMergedAsSigned) {
+  Words a{}, b{}, shifted{}, converted{}, larger{}, merged{};
+  for (std::uint32_t i = 0; i < 16; ++i) {
+    a.word[i] = i * 0x13579bdfu;
+    b.word[i] = 0x80000000u - i * i * 0x01020304u;
+  }
+  __asm__ volatile(
+      "vmovups %4, %%zmm16\n vmovups %5, %%zmm17\n"
+      "vpsrad $28, %%zmm16, %%zmm18\n vmovups %%zmm18, %0\n"
+      "vcvtdq2ps %%zmm16, %%zmm18\n vmovups %%zmm18, %1\n"
+      "vpmaxsd %%zmm17, %%zmm16, %%zmm18\n vmovups %%zmm18, %2\n"
+      "vpternlogd $0xca, %%zmm17, %%zmm16, %%zmm18\n vmovups %%zmm18, %3"  // a where zmm18 has ones, else b
+      : "=m"(shifted), "=m"(converted), "=m"(larger), "=m"(merged)
+      : "m"(a), "m"(b));
+  for (std::size_t i = 0; i < 16; ++i) {
+    const auto x = static_cast<std::int32_t>(a.word[i]);
+    const auto y = static_cast<std::int32_t>(b.word[i]);
+    const std::uint32_t max = x > y ? a.word[i] : b.word[i];
+    EXPECT_EQ(static_cast<std::int32_t>(shifted.word[i]), x >> 28) << x;
+    EXPECT_EQ(std::bit_cast<float>(converted.word[i]), static_cast<float>(x)) << x;
+    EXPECT_EQ(larger.word[i], max) << x << " " << y;
+    EXPECT_EQ(merged.word[i], (max & a.word[i]) | (~max & b.word[i])) << "word " << i;
+  }
+}
+
 TEST_F(EvexEmulator, Vdpbf16psFollowsItsBitModelForAnyBits) {
   const auto seed = static_cast<std::uint32_t>(testing::UnitTest::GetInstance()->random_seed());
   std::cout << "seed " << seed << "\n";

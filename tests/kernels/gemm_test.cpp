@@ -20,10 +20,10 @@ enum class Values { kNormal, kAnyBits, kNearSubnormal };
 
 class Gemm : public KernelTest {
  protected:
-  // Odd and even numbers of panels; k below, at and above the block of 256 that `scalar` takes at a time.
+  // Odd and even numbers of panels; k below, at and above what `scalar` (256) and `avx2` (1024) take at a time.
   std::vector<Shape> shapes() const {
     if (emulated()) return {{32, 32}, {64, 64}, {160, 96}};
-    return {{32, 32}, {64, 64}, {96, 256}, {160, 96}, {32, 544}, {128, 288}};
+    return {{32, 32}, {64, 64}, {96, 256}, {160, 96}, {32, 544}, {128, 288}, {64, 1024}, {64, 1056}};
   }
 
   std::int64_t max_rows() const { return *std::max_element(row_counts().begin(), row_counts().end()); }

@@ -50,7 +50,7 @@ std::string joined(const std::vector<std::string>& lines) {
 TEST(View, ShowsEverythingAPersonLooksFor) {
   const std::string screen = joined(render(status_with_ranks(2, 1), 80, 24));
   for (const char* want : {"serving", "2 h 01 min", "4242", "/models/Qwen3-30B-A3B", "48 layers × 128 experts",
-                           "avx512", "14 workers", "12.3k tokens/s", "6.10k tokens/s", "83 % busy", "57.1 GB",
+                           "avx512", "workers 14", "12.3k tokens/s", "6.10k tokens/s", "83 % busy", "57.1 GB",
                            "1.23M forward", "3 errors", "träining", "42 %", "1.25 ms", "2.50 s", "99.0k", "backward"}) {
     EXPECT_NE(screen.find(want), std::string::npos) << want << " is not on\n" << screen;
   }

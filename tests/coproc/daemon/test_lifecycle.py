@@ -60,6 +60,22 @@ class Serving(DaemonTest):
         self.assertRegex(log, rf"serving {re.escape(str(self.model))} on unix:{self.socket_path} \(ready in [\d.]+ s\)")
         self.assertIn("compute workers: 1 of", log)
 
+    def test_quantised_weights_are_the_same_model_in_less_memory(self):
+        seen = []
+        for weight_format, kernels in (("bf16", "auto"), ("int8", "scalar"), ("int4", "auto")):
+            process = self.start("--weight-format", weight_format, "--kernels", kernels)
+            status = self.status()
+            self.assertEqual(status["model"]["weight_format"], weight_format)
+            self.assertEqual(status["load"]["bytes_done"], status["load"]["bytes_total"])
+            self.assertEqual(self.connect().hello()["element_bytes"], 2)  # of what travels
+            seen.append((status["memory_bytes"]["weights"], status["model"]["fingerprint"]))
+            self.assertEqual(self.coproc("stop").returncode, 0)
+            self.assertEqual(process.wait(WATCHDOG_SECONDS), 0)
+        sizes, fingerprints = zip(*seen, strict=True)
+        self.assertGreater(sizes[0], 1.5 * sizes[1])  # the pad of every panel counts in a model as small as this
+        self.assertGreater(sizes[1], 1.3 * sizes[2])
+        self.assertEqual(len(set(fingerprints)), 1)
+
     def test_a_second_daemon_is_refused_and_the_first_one_goes_on(self):
         process = self.start()
         self.assert_error(self.coproc("run", "--model", self.model), 75, f"process {process.pid}", self.socket_path)

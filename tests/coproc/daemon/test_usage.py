@@ -40,8 +40,7 @@ class Usage(DaemonTest):
         run = lambda *flags: self.coproc("run", "--model", self.model, *flags)
         for threads in ("0", "-1", "two", "99999999999999999999", "1025", "1.5", ""):
             self.assert_error(run("--threads", threads), 2, "--threads")
-        self.assert_error(run("--weight-format", "int8"), 2, "not in this version")
-        self.assert_error(run("--weight-format", "fp16"), 2, "fp16", "bf16")
+        self.assert_error(run("--weight-format", "fp16"), 2, "fp16", "bf16, fp32, int8, int4")
         self.assert_error(run("--numa", "0-55;56-111"), 2, "not in this version")
         self.assert_error(run("--numa", "on"), 2, "auto, off")
         self.assert_error(run("--kernels", "neon"), 2, "neon")

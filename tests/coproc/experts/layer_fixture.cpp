@@ -5,6 +5,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "tests/support/quant_reference.h"
+
 namespace kt::test {
 namespace {
 
@@ -19,6 +21,14 @@ std::size_t product(std::initializer_list<std::int64_t> factors) {
   std::int64_t count = 1;
   for (const std::int64_t factor : factors) count *= factor;
   return static_cast<std::size_t>(count);
+}
+
+// What quantised weights of k columns are computed with.
+Doubles dequantised(const Doubles& weights, std::int64_t k, kernels::QuantFormat format) {
+  const std::vector<float> rows(weights.begin(), weights.end());
+  const auto n = static_cast<std::int64_t>(rows.size()) / k;
+  const QuantReference reference = quant_reference(rows, n, k, format.bits, format.group);
+  return Doubles(reference.weights.begin(), reference.weights.end());
 }
 
 // The top_k largest of random logits with their softmax, as routers do.
@@ -104,17 +114,17 @@ TestLayer::TestLayer(const LayerOptions& options, const kernels::KernelTable& ta
   reference_.hidden = options.hidden;
   reference_.intermediate = options.intermediate;
   std::mt19937 random(seed);
-  fill_weights(random);
+  fill_weights(options, random);
   if (options.spec.gate_up.r > 0 || options.spec.down.r > 0) make_adapter(options.spec, random);
 }
 
-void TestLayer::fill_weights(std::mt19937& random) {
+void TestLayer::fill_weights(const LayerOptions& options, std::mt19937& random) {
   ReferenceLayer& r = reference_;
   const std::size_t count = product({r.num_experts, r.intermediate, r.hidden});
   r.gate = random_elements(count, 1 / std::sqrt(static_cast<double>(r.hidden)), table_.element_bytes, random);
   r.up = random_elements(count, 1 / std::sqrt(static_cast<double>(r.hidden)), table_.element_bytes, random);
   r.down = random_elements(count, 1 / std::sqrt(static_cast<double>(r.intermediate)), table_.element_bytes, random);
-  auto created = coproc::ExpertWeights::create(dims_, table_);
+  auto created = coproc::ExpertWeights::create(dims_, table_, options.quantised);
   weights_ = std::move(created).value();
   const Bytes gate = to_elements(r.gate, table_.element_bytes);
   const Bytes up = to_elements(r.up, table_.element_bytes);
@@ -124,6 +134,10 @@ void TestLayer::fill_weights(std::mt19937& random) {
     const std::size_t at = e * expert_bytes;
     weights_->set_expert(0, e, gate.data() + at, up.data() + at, down.data() + at);
   }
+  if (!options.quantised || options.original_reference) return;
+  r.gate = dequantised(r.gate, r.hidden, *options.quantised);
+  r.up = dequantised(r.up, r.hidden, *options.quantised);
+  r.down = dequantised(r.down, r.intermediate, *options.quantised);
 }
 
 void TestLayer::make_adapter(const coproc::AdapterLayerSpec& spec, std::mt19937& random) {

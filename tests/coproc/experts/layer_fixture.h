@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -49,6 +50,8 @@ struct LayerOptions {
   std::int64_t hidden = 96;
   std::int64_t intermediate = 64;
   coproc::AdapterLayerSpec spec = {};  // r = 0 twice: no adapter.
+  std::optional<kernels::QuantFormat> quantised = std::nullopt;
+  bool original_reference = false;  // The reference has the weights before quantisation, not those after it.
 };
 
 enum class Routing { kSoftmaxTopK, kOneExpert, kSameExpertTwice, kWithSentinels, kOnlySentinels };
@@ -95,7 +98,7 @@ class TestLayer {
   const coproc::ExpertWeights& weights() const { return *weights_; }
 
  private:
-  void fill_weights(std::mt19937& random);
+  void fill_weights(const LayerOptions& options, std::mt19937& random);
   void make_adapter(const coproc::AdapterLayerSpec& spec, std::mt19937& random);
 
   const kernels::KernelTable& table_;

@@ -19,7 +19,7 @@ coproc::ExpertDims small_dims(const kernels::KernelTable& table) {
 }
 
 // Element (row, k) of packed panels, by the layout drawn in kernel_table.h.
-double packed_element(const kernels::Panels& panels, std::int64_t row, std::int64_t k, std::int64_t eb) {
+double packed_element(const coproc::WeightMatrix& panels, std::int64_t row, std::int64_t k, std::int64_t eb) {
   const std::int64_t per_unit = 4 / eb;
   const std::int64_t unit = (k / per_unit) * kernels::kPanelRows + row % kernels::kPanelRows;
   const std::byte* at = panels.data + row / kernels::kPanelRows * panels.stride + unit * 4 + k % per_unit * eb;
@@ -50,7 +50,7 @@ TEST_P(Weights, KeepEveryExpertInInterleavedPanelsWithZeroPadding) {
   }
   for (std::uint32_t layer = 0; layer < 2; ++layer) {
     for (std::uint32_t e = 0; e < 3; ++e) {
-      const kernels::Panels gate_up = weights->gate_up(layer, e);
+      const coproc::WeightMatrix gate_up = weights->gate_up(layer, e);
       ASSERT_EQ(gate_up.num_panels, 6);
       ASSERT_EQ(gate_up.k, 64);
       for (std::int64_t n = 0; n < 6 * 32 * 64; ++n) {
@@ -61,7 +61,7 @@ TEST_P(Weights, KeepEveryExpertInInterleavedPanelsWithZeroPadding) {
         const double want = row < 70 && k < 45 ? value(which, layer, e, row, k) : 0;
         ASSERT_EQ(packed_element(gate_up, panel_row, k, eb), want) << layer << " " << e << " " << panel_row << " " << k;
       }
-      const kernels::Panels down = weights->down(layer, e);
+      const coproc::WeightMatrix down = weights->down(layer, e);
       ASSERT_EQ(down.num_panels, 2);
       ASSERT_EQ(down.k, 96);
       for (std::int64_t n = 0; n < 2 * 32 * 96; ++n) {

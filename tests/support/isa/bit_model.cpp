@@ -49,6 +49,11 @@ float sequential(float acc, const T* a, const T* b, std::int64_t k) {
   return acc;
 }
 
+float fused(float acc, const std::uint16_t* a, const std::uint16_t* b, std::int64_t k) {
+  for (std::int64_t i = 0; i < k; ++i) acc = std::fmaf(from_bf16(a[i]), from_bf16(b[i]), acc);
+  return acc;
+}
+
 float vdpbf16ps(float acc, const std::uint16_t* a, const std::uint16_t* b, std::int64_t k) {
   for (std::int64_t i = 0; i < k; i += 2) {
     acc = fma_flushing(from_bf16(a[i + 1]), from_bf16(b[i + 1]), acc);
@@ -80,6 +85,7 @@ float dot_model(const kernels::KernelTable& table, float acc, const void* a, con
   const auto* left = static_cast<const std::uint16_t*>(a);
   const auto* right = static_cast<const std::uint16_t*>(b);
   if (table.name == "scalar") return sequential(acc, left, right, k);
+  if (table.name == "avx2") return fused(acc, left, right, k);
   if (table.name == "avx512") return vdpbf16ps(acc, left, right, k);
   if (table.name == "amx") return tile_steps(acc, left, right, k);
   std::abort();  // a new table must bring its model

@@ -1,6 +1,7 @@
 // The bit model of each table's dot instruction: what one element of C is, to the last bit.
 //
 //   scalar   for each k ascending:           acc = round(acc + round(a·b))
+//   avx2     for each k ascending:           acc = fma(a, b, acc)
 //   avx512   for each pair of k ascending:   acc = fma(a odd, b odd, acc), then fma(a even, b even, acc): VDPBF16PS
 //   amx      for each 32 of k ascending:     acc = acc + (even + odd), each a chain of fma over 16 k from +0: TDPBF16PS
 //

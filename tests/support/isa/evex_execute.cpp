@@ -3,8 +3,8 @@
 #include <immintrin.h>
 
 #include <bit>
-#include <cmath>
 
+#include "tests/support/isa/evex_lanes.h"
 #include "tests/support/isa/flush_to_zero.h"
 
 namespace kt::test {
@@ -90,84 +90,6 @@ __attribute__((target("avx2,fma"))) void dot(const Zmm& a, const Zmm& b, Zmm* ac
   }
 }
 
-std::uint32_t float_bits(float x) { return std::bit_cast<std::uint32_t>(x); }
-
-// One 32-bit lane: a = second operand, b = rm, old = the destination before.
-std::uint32_t compute_lane(const Instruction& in, std::uint32_t a, std::uint32_t b, std::uint32_t old) {
-  const float x = std::bit_cast<float>(a);
-  const float y = std::bit_cast<float>(b);
-  const float z = std::bit_cast<float>(old);
-  switch (in.op) {
-    case Op::kAdd:
-      return float_bits(x + y);
-    case Op::kSub:
-      return float_bits(x - y);
-    case Op::kMul:
-      return float_bits(x * y);
-    case Op::kDiv:
-      return float_bits(x / y);
-    case Op::kSqrt:
-      return float_bits(std::sqrt(y));
-    case Op::kFma231:
-      return float_bits(std::fma(x, y, z));
-    case Op::kFma213:
-      return float_bits(std::fma(x, z, y));
-    case Op::kXor:
-      return a ^ b;
-    case Op::kAnd:
-      return a & b;
-    case Op::kOr:
-      return a | b;
-    case Op::kAddInt:
-      return a + b;
-    case Op::kSubInt:
-      return a - b;
-    case Op::kShiftRight:
-      return in.immediate > 31 ? 0 : b >> in.immediate;
-    default:
-      return in.immediate > 31 ? 0 : b << in.immediate;  // kShiftLeft, the last of the list in evex_instruction.h
-  }
-}
-
-// The sixteen first predicates of VCMPPS; the others differ from them in exceptions only.
-bool compare(unsigned predicate, float a, float b) {
-  const bool unordered = std::isnan(a) || std::isnan(b);
-  switch (predicate & 15) {
-    case 0:
-      return a == b;
-    case 1:
-      return a < b;
-    case 2:
-      return a <= b;
-    case 3:
-      return unordered;
-    case 4:
-      return !(a == b);
-    case 5:
-      return !(a < b);
-    case 6:
-      return !(a <= b);
-    case 7:
-      return !unordered;
-    case 8:
-      return unordered || a == b;
-    case 9:
-      return !(a >= b);
-    case 10:
-      return !(a > b);
-    case 11:
-      return false;
-    case 12:
-      return !unordered && a != b;
-    case 13:
-      return a >= b;
-    case 14:
-      return a > b;
-    default:
-      return true;
-  }
-}
-
 void execute_compare(const Instruction& in, VectorRegisters& registers) {
   const Zmm a = registers.zmm(in.second);
   const Zmm b = read_rm(in, registers);
@@ -191,7 +113,7 @@ void execute_lanes(const Instruction& in, VectorRegisters& registers) {
                                     result.get<std::uint32_t>(lane)));
   }
   // The immediate shifts have their destination in vvvv.
-  const bool shift = in.op == Op::kShiftRight || in.op == Op::kShiftLeft;
+  const bool shift = in.op == Op::kShiftRight || in.op == Op::kShiftRightSigned || in.op == Op::kShiftLeft;
   write_vector(in, registers, shift ? in.second : in.reg, result);
 }
 
@@ -276,7 +198,8 @@ float scalar_result(const Instruction& in, float a, float b) {
               : in.op == Op::kSubScalar ? Op::kSub
               : in.op == Op::kMulScalar ? Op::kMul
                                         : Op::kDiv;
-  return std::bit_cast<float>(compute_lane(vector, float_bits(a), float_bits(b), 0));
+  return std::bit_cast<float>(
+      compute_lane(vector, std::bit_cast<std::uint32_t>(a), std::bit_cast<std::uint32_t>(b), 0));
 }
 
 // vmovss, vmovd, vmovq.

@@ -85,13 +85,17 @@ constexpr Form kForms[] = {
     {1, kNone, 0, 0x57, -1, Op::kXor, 4, Size::kFull, kMath},
     {1, kNone, 0, 0x54, -1, Op::kAnd, 4, Size::kFull, kMath},
     {1, kNone, 0, 0x56, -1, Op::kOr, 4, Size::kFull, kMath},
-    // vp{xor,and,or,add,sub}d, vps{r,l}ld by an immediate
+    // vp{xor,and,or,add,sub}d, vpmaxsd, vpternlogd, vcvtdq2ps, vps{rl,ra,ll}d by an immediate
     {1, k66, 0, 0xef, -1, Op::kXor, 4, Size::kFull, kMath},
     {1, k66, 0, 0xdb, -1, Op::kAnd, 4, Size::kFull, kMath},
     {1, k66, 0, 0xeb, -1, Op::kOr, 4, Size::kFull, kMath},
     {1, k66, 0, 0xfe, -1, Op::kAddInt, 4, Size::kFull, kMath},
     {1, k66, 0, 0xfa, -1, Op::kSubInt, 4, Size::kFull, kMath},
+    {2, k66, 0, 0x3d, -1, Op::kMaxInt, 4, Size::kFull, kMath},
+    {3, k66, 0, 0x25, -1, Op::kTernary, 4, Size::kFull, kMath | kImmediate},
+    {1, kNone, 0, 0x5b, -1, Op::kConvertInt, 4, Size::kFull, kMath | kNoSecond},
     {1, k66, 0, 0x72, 2, Op::kShiftRight, 4, Size::kFull, kMath | kImmediate},
+    {1, k66, 0, 0x72, 4, Op::kShiftRightSigned, 4, Size::kFull, kMath | kImmediate},
     {1, k66, 0, 0x72, 6, Op::kShiftLeft, 4, Size::kFull, kMath | kImmediate},
     // vfmadd231ps, vfmadd213ps, vdpbf16ps, vcmpps
     {2, k66, 0, 0xb8, -1, Op::kFma231, 4, Size::kFull, kMath},

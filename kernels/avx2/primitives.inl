@@ -1,0 +1,17 @@
+// What the generic kernels need from an instruction set, in AVX2 and FMA. No include guard: see kernels/README.md.
+namespace {
+
+// c + a·b, rounded once.
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+
+inline F32 square_root(F32 x) { return _mm256_sqrt_ps(x); }
+
+inline U32 widen(U16 x) { return __builtin_bit_cast(U32, _mm256_cvtepu16_epi32(__builtin_bit_cast(__m128i, x))); }
+
+// The low halves of the lanes, which must be below 2^16.
+inline U16 narrow(U32 x) {
+  const __m256i bits = __builtin_bit_cast(__m256i, x);
+  return __builtin_bit_cast(U16, _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1)));
+}
+
+}  // namespace

@@ -1,0 +1,46 @@
+// The table for AVX2 and FMA: 8 lanes, bf16 widened to fp32 in registers, products fused with their additions.
+#include <immintrin.h>
+
+#include <utility>
+
+#include "kernels/cpu_features.h"
+#include "kernels/kernel_table.h"
+
+namespace kt::kernels::avx2 {
+namespace {
+using Element = std::uint16_t;
+constexpr int kLanes = 8;
+}  // namespace
+
+// The order counts: each file uses the ones above it.
+// clang-format off
+#include "kernels/generic/types.inl"
+#include "kernels/avx2/primitives.inl"
+#include "kernels/generic/vector.inl"
+#include "kernels/generic/layout.inl"
+#include "kernels/generic/quantised.inl"
+#include "kernels/avx2/gemm.inl"
+#include "kernels/generic/rows.inl"
+#include "kernels/generic/training.inl"
+// clang-format on
+
+extern const KernelTable kTable;
+constinit const KernelTable kTable = {
+    .name = "avx2",
+    .required = kAvx2Fma,
+    .element_bytes = sizeof(Element),
+    .pack = pack,
+    .quantise = quantise,
+    .dequantise = dequantise,
+    .transpose_panel = transpose_panel,
+    .gemm = gemm,
+    .round_rows = round_rows,
+    .gather = gather,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+    .lora_wgrad = lora_wgrad,
+    .sum_routes = sum_routes,
+    .adamw = adamw,
+};
+
+}  // namespace kt::kernels::avx2

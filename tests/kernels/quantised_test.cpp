@@ -1,0 +1,297 @@
+// quantise and dequantise against a reference of their own, bit by bit, and the products made of them: the model of the
+// table's dot instruction over the reference's weights, in both directions.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "tests/kernels/kernel_suite.h"
+#include "tests/support/isa/bit_model.h"
+#include "tests/support/quant_reference.h"
+
+namespace kt::test {
+namespace {
+
+using kernels::kPanelRows;
+using kernels::Panels;
+using kernels::QuantFormat;
+using kernels::QuantPanels;
+
+constexpr QuantFormat kFormats[] = {{8, 32}, {8, 64}, {8, 128}, {4, 32}, {4, 64}, {4, 128}};
+
+std::string name_of(QuantFormat format) {
+  return "int" + std::to_string(format.bits) + ", groups of " + std::to_string(format.group);
+}
+
+// Quantised weights with canaries in the pad of every panel, read by the layout of kernel_table.h.
+class Quantised {
+ public:
+  Quantised(const kernels::KernelTable& table, const Matrix& rows, std::int64_t k_padded, std::int64_t num_panels,
+            QuantFormat format) {
+    const std::int64_t stride = kernels::quant_panel_stride_bytes(k_padded, format);
+    bytes_.assign(static_cast<std::size_t>(num_panels * stride), std::byte{0xee});
+    panels_ = {bytes_.data(), stride, num_panels, k_padded, format};
+    table.quantise(rows.data(), rows.ld(), rows.num_rows(), rows.num_columns(), k_padded, num_panels, format,
+                   bytes_.data(), stride);
+  }
+
+  const QuantPanels& panels() const { return panels_; }
+
+  float scale(std::int64_t row, std::int64_t k) const {
+    float value;
+    std::memcpy(&value, group(row, k) + row % kPanelRows * 4, sizeof value);
+    return value;
+  }
+
+  std::int32_t integer(std::int64_t row, std::int64_t k) const {
+    const std::int64_t steps = 32 / panels_.format.bits;
+    const std::int64_t in_group = k % panels_.format.group;
+    const std::byte* unit = group(row, k) + 128 + (in_group / steps * kPanelRows + row % kPanelRows) * 4;
+    const std::int64_t step = in_group % steps;
+    if (panels_.format.bits == 8) return static_cast<std::int8_t>(unit[step]);
+    const int nibble = std::to_integer<int>(unit[step / 2]) >> (step % 2 * 4) & 15;
+    return nibble < 8 ? nibble : nibble - 16;
+  }
+
+  bool pads_are_intact() const {
+    for (std::int64_t panel = 0; panel < panels_.num_panels; ++panel) {
+      const auto end = bytes_.begin() + (panel + 1) * panels_.stride;
+      if (!std::all_of(end - kernels::kPanelPadBytes, end, [](std::byte b) { return b == std::byte{0xee}; }))
+        return false;
+    }
+    return true;
+  }
+
+ private:
+  const std::byte* group(std::int64_t row, std::int64_t k) const {
+    const std::int64_t group_bytes = 128 + std::int64_t{panels_.format.group} * panels_.format.bits * kPanelRows / 8;
+    return panels_.data + row / kPanelRows * panels_.stride + k / panels_.format.group * group_bytes;
+  }
+
+  std::vector<std::byte> bytes_;
+  QuantPanels panels_;
+};
+
+class Quantisation : public KernelTest {
+ protected:
+  void SetUp() override {
+    KernelTest::SetUp();
+    if (IsSkipped() || table().quantise != nullptr) return;
+    EXPECT_EQ(element_bytes(), 4);
+    EXPECT_EQ(table().dequantise, nullptr);
+    GTEST_SKIP() << "quantised formats are for bf16";
+  }
+
+  std::vector<float> floats_of(const Matrix& rows) const {
+    std::vector<float> values;
+    for (std::int64_t r = 0; r < rows.num_rows(); ++r)
+      for (std::int64_t c = 0; c < rows.num_columns(); ++c) values.push_back(rows.get(r, c));
+    return values;
+  }
+
+  QuantReference reference(const Matrix& rows, QuantFormat format) const {
+    return quant_reference(floats_of(rows), rows.num_rows(), rows.num_columns(), format.bits, format.group);
+  }
+
+  // Normal weights; some groups of zeros, of numbers too small, with one large one, and with what is not finite.
+  Matrix make(std::int64_t n, std::int64_t k) {
+    Matrix rows(n, k, element_bytes(), 3);
+    rows.fill_normal(random_, 0.03f);
+    const float special[] = {0.0f,
+                             std::ldexp(1.0f, -101),
+                             -300.0f,
+                             std::ldexp(1.0f, 120),
+                             std::numeric_limits<float>::infinity(),
+                             std::numeric_limits<float>::quiet_NaN()};
+    for (std::int64_t r = 0; r < n && r < 6; ++r) {
+      const float value = special[r];
+      for (std::int64_t c = 0; c < k && (r < 2 || c < 1); ++c) rows.set(r, c, value);
+    }
+    return rows;
+  }
+
+  void expect_reference(std::int64_t n, std::int64_t k, std::int64_t k_padded, std::int64_t num_panels,
+                        QuantFormat format) {
+    SCOPED_TRACE(name_of(format) + ", n " + std::to_string(n) + ", k " + std::to_string(k));
+    const Matrix rows = make(n, k);
+    const QuantReference want = reference(rows, format);
+    const Quantised got(table(), rows, k_padded, num_panels, format);
+    const std::int64_t num_groups = (k + format.group - 1) / format.group;
+    std::int64_t num_wrong = 0;
+    for (std::int64_t r = 0; r < num_panels * kPanelRows; ++r) {
+      for (std::int64_t c = 0; c < k_padded; ++c) {
+        const bool is_weight = r < n && c < k;
+        const std::int32_t integer = is_weight ? want.integers[static_cast<std::size_t>(r * k + c)] : 0;
+        const float scale = r < n && c / format.group < num_groups
+                                ? want.scales[static_cast<std::size_t>(r * num_groups + c / format.group)]
+                                : 0;
+        if (got.integer(r, c) == integer && same_bits(got.scale(r, c), scale)) continue;
+        if (num_wrong++ == 0)
+          ADD_FAILURE() << "row " << r << ", column " << c << ": " << got.integer(r, c) << " of " << got.scale(r, c)
+                        << ", want " << integer << " of " << scale;
+      }
+    }
+    EXPECT_EQ(num_wrong, 0);
+    EXPECT_TRUE(got.pads_are_intact());
+  }
+
+  // Columns [begin, begin + count) of the dequantised panels against the reference's weights.
+  void expect_weights(const Quantised& quantised, const QuantReference& want, std::int64_t k, std::int64_t begin,
+                      std::int64_t count) {
+    const std::int64_t panel_bytes = count * kPanelRows * element_bytes();
+    const std::int64_t num_panels = quantised.panels().num_panels;
+    std::vector<std::byte> out(static_cast<std::size_t>(num_panels * (panel_bytes + 64)), std::byte{0xff});
+    table().dequantise(quantised.panels(), begin, count, out.data(), panel_bytes + 64);
+    std::int64_t num_wrong = 0;
+    for (std::int64_t r = 0; r < num_panels * kPanelRows; ++r) {
+      for (std::int64_t c = 0; c < count; ++c) {
+        const std::byte* at =
+            out.data() + r / kPanelRows * (panel_bytes + 64) + ((c / 2 * kPanelRows + r % kPanelRows) * 2 + c % 2) * 2;
+        std::uint16_t bits;
+        std::memcpy(&bits, at, sizeof bits);
+        const float weight = want.weights[static_cast<std::size_t>(r * k + begin + c)];
+        if (same_bits(from_bf16(bits), weight)) continue;
+        if (num_wrong++ == 0)
+          ADD_FAILURE() << "row " << r << ", column " << begin + c << ": " << from_bf16(bits) << ", want " << weight;
+      }
+    }
+    EXPECT_EQ(num_wrong, 0);
+    for (std::int64_t p = 0; p < num_panels; ++p)
+      for (std::int64_t b = 0; b < 64; ++b)
+        ASSERT_EQ(out[static_cast<std::size_t>((p + 1) * panel_bytes + p * 64 + b)], std::byte{0xff}) << "panel " << p;
+  }
+
+  // C of every number of rows against the model over `weights` [n, k].
+  void expect_products(const Panels& w, const std::vector<float>& weights, std::int64_t n) {
+    const std::int64_t rows_max = suite_config().row_counts.back();
+    Matrix a(rows_max, w.k, element_bytes(), 1);
+    a.fill_normal(random_);
+    Matrix rows(n, w.k, element_bytes());
+    for (std::int64_t r = 0; r < n; ++r)
+      for (std::int64_t c = 0; c < w.k; ++c) rows.set(r, c, weights[static_cast<std::size_t>(r * w.k + c)]);
+    Matrix want(rows_max, n, 4);
+    for (std::int64_t m = 0; m < rows_max; ++m)
+      for (std::int64_t r = 0; r < n; ++r) want.set(m, r, dot_model(table(), 0.0f, a.row(m), rows.row(r), w.k));
+    for (const std::int64_t m : suite_config().row_counts) {
+      Matrix got(m, n, 4, 3);
+      const std::int64_t first = std::uniform_int_distribution<std::int64_t>(0, rows_max - m)(random_);
+      table().gemm(a.row(first), a.ld(), m, w, got.floats(), got.ld(), false);
+      Matrix expected(m, n, 4);
+      for (std::int64_t r = 0; r < m; ++r)
+        for (std::int64_t c = 0; c < n; ++c) expected.set(r, c, want.get(first + r, c));
+      EXPECT_TRUE(same_matrix(expected, got)) << m << " rows from " << first;
+      EXPECT_TRUE(got.guards_are_intact());
+    }
+  }
+};
+
+TEST_P(Quantisation, IntegersAndScalesAreTheReferences) {
+  for (const QuantFormat format : kFormats) {
+    expect_reference(33, 45, 64, 2, format);
+    expect_reference(7, 32, 32, 1, format);
+    expect_reference(3, 5, 32, 2, format);  // a panel without any row
+    if (emulated()) continue;
+    expect_reference(70, 321, 352, 3, format);  // 352: a last group that is shorter than 64 and 128
+    expect_reference(32, 256, 256, 1, format);
+  }
+}
+
+TEST_P(Quantisation, DequantisedWeightsAreTheNearestBf16) {
+  const std::int64_t k = emulated() ? 96 : 352;
+  for (const QuantFormat format : kFormats) {
+    SCOPED_TRACE(name_of(format));
+    const Matrix rows = make(64, k);
+    const QuantReference want = reference(rows, format);
+    const Quantised quantised(table(), rows, k, 2, format);
+    expect_weights(quantised, want, k, 0, k);
+    expect_weights(quantised, want, k, k - 32, 32);
+    expect_weights(quantised, want, k, 32, 32);
+    if (!emulated()) expect_weights(quantised, want, k, 96, 224);
+  }
+}
+
+// What lets every table round as it likes: no product needs more than 24 bits or lies half-way between two bf16.
+TEST_P(Quantisation, NoProductOfAnIntegerAndAScaleNeedsADecisionAboutTies) {
+  if (emulated()) GTEST_SKIP() << "a property of scales, which are the same natively";
+  for (const std::int32_t bits : {8, 4}) {
+    Matrix rows(512, 32, element_bytes());
+    rows.fill_normal(random_, 3.0f);
+    const Quantised quantised(table(), rows, 32, 16, {bits, 32});
+    const std::int32_t integer_max = bits == 8 ? 128 : 8;
+    for (std::int64_t r = 0; r < 512; ++r) {
+      const float scale = quantised.scale(r, 0);
+      for (std::int32_t integer = 1; integer <= integer_max; ++integer) {
+        const double exact = static_cast<double>(scale) * integer;
+        ASSERT_EQ(static_cast<double>(static_cast<float>(exact)), exact) << integer << " of " << scale;
+        int exponent = 0;
+        const double digits = std::ldexp(std::frexp(exact, &exponent), 8);
+        ASSERT_NE(digits - std::floor(digits), 0.5) << integer << " of " << scale;
+      }
+    }
+  }
+}
+
+TEST_P(Quantisation, AWeightIsAtMostHalfAStepFromItsIntegerUnlessThatIsTheLargest) {
+  const std::int64_t k = emulated() ? 32 : 256;
+  for (const QuantFormat format : kFormats) {
+    SCOPED_TRACE(name_of(format));
+    Matrix rows(32, k, element_bytes());
+    rows.fill_normal(random_, 0.02f);
+    const Quantised quantised(table(), rows, k, 1, format);
+    for (std::int64_t r = 0; r < 32; ++r) {
+      for (std::int64_t c = 0; c < k; ++c) {
+        const double scale = static_cast<double>(quantised.scale(r, c));
+        const std::int32_t integer = quantised.integer(r, c);
+        const double error = std::abs(scale * integer - static_cast<double>(rows.get(r, c)));
+        // What is as large as the largest but of the other sign loses a whole step.
+        const double steps = integer == (format.bits == 8 ? 127 : 7) ? 1.00001 : 0.50001;
+        ASSERT_LE(error, std::abs(scale) * steps) << "row " << r << ", column " << c;
+      }
+    }
+  }
+}
+
+TEST_P(Quantisation, ProductsWithDequantisedPanelsHaveTheBitsOfTheModel) {
+  const std::int64_t n = 64;
+  const std::int64_t k = emulated() ? 64 : 160;
+  for (const QuantFormat format : {QuantFormat{8, 128}, QuantFormat{4, 128}, QuantFormat{4, 32}}) {
+    SCOPED_TRACE(name_of(format));
+    Matrix rows(n, k, element_bytes());
+    rows.fill_normal(random_, 0.1f);
+    const QuantReference want = reference(rows, format);
+    const Quantised quantised(table(), rows, k, n / kPanelRows, format);
+    const std::int64_t stride = kernels::panel_stride_bytes(k, element_bytes());
+    std::vector<std::byte> panels(static_cast<std::size_t>(n / kPanelRows * stride));
+    table().dequantise(quantised.panels(), 0, k, panels.data(), stride);
+    expect_products({panels.data(), stride, n / kPanelRows, k}, want.weights, n);
+  }
+}
+
+// Backward: 32 columns dequantised, and transposed.
+TEST_P(Quantisation, ProductsWithTransposedColumnsHaveTheBitsOfTheModel) {
+  const std::int64_t n = emulated() ? 64 : 160;  // becomes k
+  constexpr std::int64_t k = 96;
+  constexpr std::int64_t q = 1;
+  for (const QuantFormat format : {QuantFormat{8, 128}, QuantFormat{4, 128}, QuantFormat{8, 32}}) {
+    SCOPED_TRACE(name_of(format));
+    Matrix rows(n, k, element_bytes());
+    rows.fill_normal(random_, 0.1f);
+    const QuantReference want = reference(rows, format);
+    const Quantised quantised(table(), rows, k, n / kPanelRows, format);
+    const std::int64_t block_bytes = kPanelRows * kPanelRows * element_bytes();
+    std::vector<std::byte> blocks(static_cast<std::size_t>(n / kPanelRows * block_bytes));
+    std::vector<std::byte> transposed(blocks.size());
+    table().dequantise(quantised.panels(), q * kPanelRows, kPanelRows, blocks.data(), block_bytes);
+    table().transpose_panel({blocks.data(), block_bytes, n / kPanelRows, kPanelRows}, 0, transposed.data());
+    std::vector<float> weights;
+    for (std::int64_t r = 0; r < kPanelRows; ++r)
+      for (std::int64_t c = 0; c < n; ++c)
+        weights.push_back(want.weights[static_cast<std::size_t>(c * k + q * kPanelRows + r)]);
+    expect_products({transposed.data(), 0, 1, n}, weights, kPanelRows);
+  }
+}
+
+KT_INSTANTIATE_KERNEL_TESTS(Quantisation);
+
+}  // namespace
+}  // namespace kt::test
