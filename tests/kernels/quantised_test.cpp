@@ -74,14 +74,6 @@ class Quantised {
 
 class Quantisation : public KernelTest {
  protected:
-  void SetUp() override {
-    KernelTest::SetUp();
-    if (IsSkipped() || table().quantise != nullptr) return;
-    EXPECT_EQ(element_bytes(), 4);
-    EXPECT_EQ(table().dequantise, nullptr);
-    GTEST_SKIP() << "quantised formats are for bf16";
-  }
-
   std::vector<float> floats_of(const Matrix& rows) const {
     std::vector<float> values;
     for (std::int64_t r = 0; r < rows.num_rows(); ++r)
@@ -291,7 +283,19 @@ TEST_P(Quantisation, ProductsWithTransposedColumnsHaveTheBitsOfTheModel) {
   }
 }
 
-KT_INSTANTIATE_KERNEL_TESTS(Quantisation);
+std::vector<const kernels::KernelTable*> bf16_tables() {
+  std::vector<const kernels::KernelTable*> tables = suite_config().tables;
+  std::erase_if(tables, [](const kernels::KernelTable* table) { return table->element_bytes != 2; });
+  return tables;
+}
+INSTANTIATE_TEST_SUITE_P(Tables, Quantisation, testing::ValuesIn(bf16_tables()), table_test_name);
+
+TEST(QuantisationOfTables, IsThereForBf16Only) {
+  for (const kernels::KernelTable* table : kernels::all_tables()) {
+    EXPECT_EQ(table->quantise != nullptr, table->element_bytes == 2) << table->name;
+    EXPECT_EQ(table->dequantise != nullptr, table->element_bytes == 2) << table->name;
+  }
+}
 
 }  // namespace
 }  // namespace kt::test
