@@ -35,11 +35,11 @@ void ExpertCompute::State::compute_p(std::uint32_t moe_index, const LoraLayer* l
     for (std::int64_t panel = task.begin; panel < task.end; ++panel) {
       float* to = p.floats() + first * ip + panel * kPanelRows;
       const kernels::Panels wt = w.transpose(table, panel, scratch.transposed, scratch.weights);
-      table.gemm(dy.data() + first * hp * eb, hp, count, wt, to, ip, false);
+      table.gemm(dy.data() + first * hp * eb, hp, count, wt, to, ip, false, {});
       if (yb.rank == 0) continue;
       const kernels::Panels a = lora->packed(LoraLayer::kDownA, task.expert);
       table.gemm(yb.rounded.data() + first * yb.rank * eb, yb.rank, count, transpose(a, panel, scratch.lora), to, ip,
-                 true);
+                 true, {});
     }
   });
 }
@@ -47,12 +47,15 @@ void ExpertCompute::State::compute_p(std::uint32_t moe_index, const LoraLayer* l
 // Through the activation: dgu, dw, and z where ∂/∂down_a needs it. `saved`: G and U of rows [begin, end).
 void ExpertCompute::State::differentiate_rows(std::int64_t begin, std::int64_t end, const std::byte* saved, bool keep_z,
                                               std::span<const BackwardItem> items) {
+  float* partial = dw.floats() + begin * (ip / kPanelRows);
   table.swiglu_backward(saved, 2 * ip, p.floats() + begin * ip, ip, routes.weight.data() + begin, end - begin, ip,
-                        dw.floats() + begin, keep_z ? z.data() + begin * ip * eb : nullptr, ip,
-                        dgu.data() + begin * 2 * ip * eb, 2 * ip);
+                        partial, keep_z ? z.data() + begin * ip * eb : nullptr, ip, dgu.data() + begin * 2 * ip * eb,
+                        2 * ip);
   for (std::int64_t row = begin; row < end; ++row) {
     const auto index = static_cast<std::size_t>(row);
-    items[static_cast<std::size_t>(routes.item[index])].dw[routes.route[index]] = dw.floats()[row];
+    float sum = 0;
+    for (std::int64_t panel = 0; panel < ip / kPanelRows; ++panel) sum += partial[panel * (end - begin) + row - begin];
+    items[static_cast<std::size_t>(routes.item[index])].dw[routes.route[index]] = sum;
   }
 }
 
@@ -105,9 +108,9 @@ void ExpertCompute::State::compute_dx(std::uint32_t moe_index, const LoraLayer* 
       if (gb.rank > 0) at = transpose(lora->packed(LoraLayer::kGateUpA, task.expert), panel, scratch.lora);
       for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
         const std::int64_t count = std::min(rows_max, end - row);
-        table.gemm(dgu.data() + row * 2 * ip * eb, 2 * ip, count, wt, tile, kPanelRows, false);
+        table.gemm(dgu.data() + row * 2 * ip * eb, 2 * ip, count, wt, tile, kPanelRows, false, {});
         if (gb.rank > 0) {
-          table.gemm(gb.rounded.data() + row * gb.rank * eb, gb.rank, count, at, tile, kPanelRows, true);
+          table.gemm(gb.rounded.data() + row * gb.rank * eb, gb.rank, count, at, tile, kPanelRows, true, {});
         }
         table.round_rows(tile, kPanelRows, count, kPanelRows, 1.0f, out.data() + (row * hp + panel * kPanelRows) * eb,
                          hp);
@@ -198,7 +201,7 @@ void ExpertCompute::backward(std::uint32_t layer, Adapter* adapter, std::span<co
   if (recompute) s.gate_up.ensure(num_rows * 2 * s.ip * s.eb);
   if (recompute || accumulate) s.z.ensure(num_rows * s.ip * s.eb);
   s.p.ensure_floats(num_rows * s.ip);
-  s.dw.ensure_floats(num_rows);
+  s.dw.ensure_floats(num_rows * (s.ip / kPanelRows));
   s.dgu.ensure(num_rows * 2 * s.ip * s.eb);
   s.out.ensure(num_rows * s.hp * s.eb);
   s.xa.ensure(num_rows, gate_up_rank, s.eb);

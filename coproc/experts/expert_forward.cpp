@@ -45,7 +45,7 @@ void ExpertCompute::State::project(const RowTask& rows, const Scratch& a, std::i
                                    double scale, Projection& to) const {
   const std::int64_t num_rows = rows.end - rows.begin;
   float* values = to.values.floats() + rows.begin * to.rank;
-  table.gemm(a.data() + rows.begin * lda * eb, lda, num_rows, w, values, to.rank, false);
+  table.gemm(a.data() + rows.begin * lda * eb, lda, num_rows, w, values, to.rank, false, {});
   table.round_rows(values, to.rank, num_rows, to.rank, static_cast<float>(scale),
                    to.rounded.data() + rows.begin * to.rank * eb, to.rank);
 }
@@ -53,7 +53,7 @@ void ExpertCompute::State::project(const RowTask& rows, const Scratch& a, std::i
 kernels::Panels ExpertCompute::State::transpose(const kernels::Panels& w, std::int64_t panel, Scratch& scratch) const {
   const std::int64_t k = w.num_panels * kPanelRows;
   std::byte* to = scratch.ensure(k * kPanelRows * eb);
-  table.transpose_panel(w, panel, to);
+  table.transpose_panels(w, panel, 1, to, 0, {});
   return {to, kernels::panel_stride_bytes(k, eb), 1, k};
 }
 
@@ -63,7 +63,7 @@ void ExpertCompute::State::project_transposed(const RowTask& rows, const Scratch
   float* values = to.values.floats() + rows.begin * to.rank;
   for (std::int64_t panel = 0; panel < to.rank / kPanelRows; ++panel) {
     const kernels::Panels wt = transpose(w, panel, workers[static_cast<std::size_t>(worker)].transposed);
-    table.gemm(a.data() + rows.begin * lda * eb, lda, num_rows, wt, values + panel * kPanelRows, to.rank, false);
+    table.gemm(a.data() + rows.begin * lda * eb, lda, num_rows, wt, values + panel * kPanelRows, to.rank, false, {});
   }
   table.round_rows(values, to.rank, num_rows, to.rank, static_cast<float>(scale),
                    to.rounded.data() + rows.begin * to.rank * eb, to.rank);
@@ -111,10 +111,11 @@ void ExpertCompute::State::compute_gate_up(std::uint32_t moe_index, const LoraLa
     const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
     for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
       const std::int64_t count = std::min(rows_max, end - row);
-      table.gemm(x.data() + row * hp * eb, hp, count, w, tile, columns, false);
+      table.gemm(x.data() + row * hp * eb, hp, count, w, tile, columns, false, {});
       if (xa.rank > 0) {
         table.gemm(xa.rounded.data() + row * xa.rank * eb, xa.rank, count,
-                   slice(lora->packed(LoraLayer::kGateUpB, task.expert), task.begin, num_panels), tile, columns, true);
+                   slice(lora->packed(LoraLayer::kGateUpB, task.expert), task.begin, num_panels), tile, columns, true,
+                   {});
       }
       activate(row, count, task, tile, items);
     }
@@ -135,10 +136,11 @@ void ExpertCompute::State::compute_down(std::uint32_t moe_index, const LoraLayer
     const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
     for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
       const std::int64_t count = std::min(rows_max, end - row);
-      table.gemm(z.data() + row * ip * eb, ip, count, w, tile, columns, false);
+      table.gemm(z.data() + row * ip * eb, ip, count, w, tile, columns, false, {});
       if (za.rank > 0) {
         table.gemm(za.rounded.data() + row * za.rank * eb, za.rank, count,
-                   slice(lora->packed(LoraLayer::kDownB, task.expert), task.begin, num_panels), tile, columns, true);
+                   slice(lora->packed(LoraLayer::kDownB, task.expert), task.begin, num_panels), tile, columns, true,
+                   {});
       }
       table.round_rows(tile, columns, count, columns, 1.0f, out.data() + (row * hp + task.begin * kPanelRows) * eb, hp);
     }

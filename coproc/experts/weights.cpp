@@ -29,7 +29,7 @@ kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, std::
   std::byte* to = transposed.ensure(num_panels * block_bytes);
   const kernels::Panels result = {to, num_panels * block_bytes, 1, num_panels * kPanelRows};
   if (!quantised) {
-    table.transpose_panel({data, stride, num_panels, k}, q, to);
+    table.transpose_panels({data, stride, num_panels, k}, q, 1, to, 0, {});
     return result;
   }
   std::byte* blocks = scratch.ensure(kPanelsAtATime * block_bytes);
@@ -37,7 +37,7 @@ kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, std::
     const std::int64_t count = std::min(kPanelsAtATime, num_panels - first);
     table.dequantise({data + first * stride, stride, count, k, *quantised}, q * kPanelRows, kPanelRows, blocks,
                      block_bytes);
-    table.transpose_panel({blocks, block_bytes, count, kPanelRows}, 0, to + first * block_bytes);
+    table.transpose_panels({blocks, block_bytes, count, kPanelRows}, 0, 1, to + first * block_bytes, 0, {});
   }
   return result;
 }
