@@ -81,6 +81,12 @@ struct QuantPanels {
   QuantFormat format;
 };
 
+inline constexpr std::int64_t kQuantScaleBytes = kPanelRows * static_cast<std::int64_t>(sizeof(float));
+// Of a whole group of a quantised panel: scales and integers.
+constexpr std::int64_t quant_group_bytes(QuantFormat format) {
+  return kQuantScaleBytes + format.group * kPanelRows * format.bits / 8;
+}
+
 // Bytes from one quantised panel to the next.
 constexpr std::int64_t quant_panel_stride_bytes(std::int64_t k, QuantFormat format) {
   const std::int64_t num_groups = (k + format.group - 1) / format.group;
@@ -153,13 +159,14 @@ struct KernelTable {
   void (*swiglu)(const float* gate_up, std::int64_t ld, std::int64_t m, std::int64_t i, void* saved,
                  std::int64_t ld_saved, void* z, std::int64_t ldz);
 
-  // From saved[m, 2·i] (elements, interleaved), p[m, i] f32 = ∂y/∂z before weighting, weight[m]:
-  //   grad_weight[i/32, m] = Σ p·z over each 32 columns (fp32, in a fixed order; the caller adds them up, ascending),
+  // From rows saved_row[m] (null: 0, 1, …) of saved[…, 2·i] (elements, interleaved), p[m, i] f32 = ∂y/∂z before
+  // weighting, weight[m]:
+  //   grad_weight[i/32, m] (ldw) = Σ p·z over each 32 columns (fp32, in a fixed order; the caller adds them up),
   //   z[m, i] = round(silu(G)·U) unless null,
   //   grad_gate_up[m, 2·i] = round(dG), round(dU) interleaved, of dZ = weight·p (DESIGN §6); may be `saved` itself.
-  void (*swiglu_backward)(const void* saved, std::int64_t ld_saved, const float* p, std::int64_t ldp,
-                          const float* weight, std::int64_t m, std::int64_t i, float* grad_weight, void* z,
-                          std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
+  void (*swiglu_backward)(const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
+                          std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
+                          std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
 
   // grad[r, n] f32 (ldg) += scale · Σ_m left[m, r]·row_scale[m]·right[m, n]; left f32 (ldl), right elements (ldr),
   // row_scale null = 1. transposed: grad is [n, r]. Summed over m ascending in fp32, then added once.
@@ -167,10 +174,10 @@ struct KernelTable {
                      std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad, std::int64_t ldg,
                      bool transposed);
 
-  // y[t, 0…n) = round(Σ_j weight[t,j] · rows[route_row[t,j]]) over j ascending in fp32; route_row -1 adds nothing;
-  // weight null = 1. rows elements (ld), y elements (ldy).
+  // sum[t, 0…n) f32 (lds) = Σ_j weight[t,j] · rows[route_row[t,j]] over j ascending; route_row -1 adds nothing; weight
+  // null = 1. rows elements (ld).
   void (*sum_routes)(const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight,
-                     std::int64_t t, std::int64_t k, std::int64_t n, void* y, std::int64_t ldy);
+                     std::int64_t t, std::int64_t k, std::int64_t n, float* sum, std::int64_t lds);
 
   // One AdamW step over n parameters: p, m, v f32 in place, s f32 the summed gradient.
   void (*adamw)(float* p, float* m, float* v, const float* s, std::int64_t n, const AdamwArgs& args);

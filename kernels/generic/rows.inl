@@ -12,18 +12,18 @@ void round_rows(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t 
 }
 
 void sum_routes(const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight, std::int64_t t,
-                std::int64_t k, std::int64_t n, void* y, std::int64_t ldy) {
+                std::int64_t k, std::int64_t n, float* sum, std::int64_t lds) {
   for (std::int64_t token = 0; token < t; ++token) {
     const std::int32_t* route = route_row + token * k;
-    Element* to = static_cast<Element*>(y) + token * ldy;
+    float* to = sum + token * lds;
     for_vectors(n, [&](std::int64_t i, std::int64_t count) {
-      F32 sum = {};
+      F32 total = {};
       for (std::int64_t j = 0; j < k; ++j) {
         if (route[j] < 0) continue;
         const F32 value = load(static_cast<const Element*>(rows) + route[j] * ld + i, count);
-        sum += weight == nullptr ? value : value * weight[token * k + j];
+        total += weight == nullptr ? value : value * weight[token * k + j];
       }
-      store(to + i, sum, count);
+      store(to + i, total, count);
     });
   }
 }
@@ -84,14 +84,15 @@ float swiglu_backward_panel(const Element* saved, const float* p, float weight, 
   return dot.total();
 }
 
-void swiglu_backward(const void* saved, std::int64_t ld_saved, const float* p, std::int64_t ldp, const float* weight,
-                     std::int64_t m, std::int64_t i, float* grad_weight, void* z, std::int64_t ldz, void* grad_gate_up,
-                     std::int64_t ldg) {
+void swiglu_backward(const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
+                     std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
+                     std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg) {
   for (std::int64_t row = 0; row < m; ++row) {
-    const Element* gate_up = static_cast<const Element*>(saved) + row * ld_saved;
+    const std::int64_t from = saved_row == nullptr ? row : saved_row[row];
+    const Element* gate_up = static_cast<const Element*>(saved) + from * ld_saved;
     Element* grad = static_cast<Element*>(grad_gate_up) + row * ldg;
     for (std::int64_t c = 0; c < i; c += kPanelRows)
-      grad_weight[c / kPanelRows * m + row] =
+      grad_weight[c / kPanelRows * ldw + row] =
           swiglu_backward_panel(gate_up + 2 * c, p + row * ldp + c, weight[row],
                                 z == nullptr ? nullptr : static_cast<Element*>(z) + row * ldz + c, grad + 2 * c);
   }
