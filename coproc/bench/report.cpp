@@ -95,17 +95,17 @@ std::string row_line(const LayerReport& report, const LayerRow& row, const std::
 // The account by stage, of forward and backward with the most tokens.
 std::string traffic_lines(const LayerRow& row) {
   const Traffic::Stage total = row.traffic.total();
-  std::string text =
-      fmt::format("\n{}, {} tokens, {} routes, {} barriers: bytes beyond L2, and time of the last call\n"
-                  "{:<16} {:>12} {:>20} {:>10} {:>10} {:>7}\n",
-                  name_of(row), row.num_tokens, row.traffic.num_routes, row.traffic.num_barriers, "stage", "weights",
-                  "activations/route", "LoRA", "worker ms", "share");
+  std::string text = fmt::format(
+      "\n{}, {} tokens, {} routes, {} barriers: bytes beyond L2, and time of the last call\n"
+      "{:<16} {:>12} {:>20} {:>10} {:>10} {:>7}\n",
+      name_of(row), row.num_tokens, row.traffic.num_routes, row.traffic.num_barriers, "stage", "weights",
+      "activations/route", "LoRA", "worker ms", "share");
   const auto line = [&](std::string_view name, const Traffic::Stage& stage) {
-    text += fmt::format(
-        "{:<16} {:>12} {:>20.0f} {:>10} {:>10.2f} {:>5.1f} %\n", name,
-        bytes_text(static_cast<std::uint64_t>(stage.weight_bytes)), bytes_per_route(row, stage.activation_bytes),
-        bytes_text(static_cast<std::uint64_t>(stage.lora_bytes)), stage.seconds * 1e3,
-        100 * stage.seconds / total.seconds);
+    text += fmt::format("{:<16} {:>12} {:>20.0f} {:>10} {:>10.2f} {:>5.1f} %\n", name,
+                        bytes_text(static_cast<std::uint64_t>(stage.weight_bytes)),
+                        bytes_per_route(row, stage.activation_bytes),
+                        bytes_text(static_cast<std::uint64_t>(stage.lora_bytes)), stage.seconds * 1e3,
+                        100 * stage.seconds / total.seconds);
   };
   for_each_stage(row.traffic, line);
   line("total", total);

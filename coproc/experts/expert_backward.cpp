@@ -26,9 +26,8 @@ void ExpertCompute::State::ensure_backward(const Pass& pass, Block& block) const
 void ExpertCompute::State::gather_dy(const Pass& pass, Block& block, Range rows, Worker& worker) const {
   gather(block, rows, block.dy.data(), [&](std::size_t item) { return pass.backward[item].dy; });
   if (rank_d.width == 0) return;
-  project_transposed(rows, rows_of(block.dy, rows.begin, ld_hidden),
-                     pass.lora->packed(LoraLayer::kDownB, block.expert), pass.lora->spec.down.scaling, block.yb,
-                     worker);
+  project_transposed(rows, rows_of(block.dy, rows.begin, ld_hidden), pass.lora->packed(LoraLayer::kDownB, block.expert),
+                     pass.lora->spec.down.scaling, block.yb, worker);
 }
 
 // Through the activation, for a pair's columns of P: dG and dU, the parts of dw, and z where ∂/∂down_a needs it. Kept G
@@ -40,12 +39,11 @@ void ExpertCompute::State::differentiate_rows(const Pass& pass, Block& block, Ra
   const bool keep_z = pass.accumulate_to != nullptr && rank_d.width > 0;
   const auto differentiate_run = [&](const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row,
                                      std::int64_t row, std::int64_t count) {
-    table.swiglu_backward(
-        static_cast<const std::byte*>(saved) + 2 * column * eb, ld_saved, saved_row,
-        p + (row - rows.begin) * columns, columns, routes.weight.data() + block.begin + row, count, columns,
-        block.dw.floats() + panels.begin * block.num_rows() + row, block.num_rows(),
-        keep_z ? block.z.data() + (row * ld_intermediate + column) * eb : nullptr, ld_intermediate,
-        block.gate_up.data() + (row * ld_gate_up + 2 * column) * eb, ld_gate_up);
+    table.swiglu_backward(static_cast<const std::byte*>(saved) + 2 * column * eb, ld_saved, saved_row,
+                          p + (row - rows.begin) * columns, columns, routes.weight.data() + block.begin + row, count,
+                          columns, block.dw.floats() + panels.begin * block.num_rows() + row, block.num_rows(),
+                          keep_z ? block.z.data() + (row * ld_intermediate + column) * eb : nullptr, ld_intermediate,
+                          block.gate_up.data() + (row * ld_gate_up + 2 * column) * eb, ld_gate_up);
   };
   if (pass.recompute) {
     return differentiate_run(block.gate_up.data() + rows.begin * ld_gate_up * eb, ld_gate_up, nullptr, rows.begin,
@@ -107,8 +105,8 @@ void ExpertCompute::State::grad_x(const Pass& pass, Block& block, Range panels, 
         add_lora_transposed(block.gb, rank_a, rows, pass.lora->packed(LoraLayer::kGateUpA, block.expert), pair, c,
                             worker);
       }
-      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f,
-                       out + (rows.begin * hp + pair.begin * kPanelRows) * eb, hp);
+      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + pair.begin * kPanelRows) * eb,
+                       hp);
     });
   });
 }
@@ -148,8 +146,8 @@ void ExpertCompute::State::accumulate(const Pass& pass, const Block& block, Rang
                               down_scale, grad, i, false);
     case AdapterTensor::kDownB:  // s·(w·dY)ᵀ·(Z·Adᵀ)
       return table.lora_wgrad(block.za.values.floats() + first * rank_d.width, rank_d.width,
-                              row_of(block.dy, ld_hidden), ld_hidden, w, rows.count(), tensor.shape.cols, h,
-                              down_scale, grad, tensor.shape.cols, true);
+                              row_of(block.dy, ld_hidden), ld_hidden, w, rows.count(), tensor.shape.cols, h, down_scale,
+                              grad, tensor.shape.cols, true);
   }
 }
 

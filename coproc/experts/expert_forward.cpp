@@ -85,8 +85,8 @@ void ExpertCompute::State::down(const Pass& pass, Block& block, Range panels, Wo
       if (rank_d.width > 0) {
         add_lora(block.za, rank_d, rows, pass.lora->packed(LoraLayer::kDownB, block.expert), pair, c, worker);
       }
-      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f,
-                       out + (rows.begin * hp + pair.begin * kPanelRows) * eb, hp);
+      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + pair.begin * kPanelRows) * eb,
+                       hp);
     });
   });
 }

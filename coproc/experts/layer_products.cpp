@@ -90,8 +90,8 @@ Fetch ExpertCompute::State::next_pair(const WeightMatrix& w, Range pair, std::in
 Fetch ExpertCompute::State::next_transposed(const WeightMatrix& w, Range pair, std::int64_t end,
                                             const Fetch& after) const {
   if (pair.end >= end) return after;
-  return w.fetch(WeightMatrix::Piece{pair.end, std::min(kPair, end - pair.end), 0, std::min(kPiecePanels, w.num_panels)},
-                 eb);
+  return w.fetch(
+      WeightMatrix::Piece{pair.end, std::min(kPair, end - pair.end), 0, std::min(kPiecePanels, w.num_panels)}, eb);
 }
 
 }  // namespace kt::coproc

@@ -149,8 +149,8 @@ void ExpertCompute::State::sum_routes(bool weighted) {
           for (std::int64_t at = 0; at < count * h; ++at) sum[at] += more[at];
         }
       }
-      table.round_rows(result, h, count, h, 1.0f,
-                       targets[static_cast<std::size_t>(part.item)] + part.begin * h * eb, h);
+      table.round_rows(result, h, count, h, 1.0f, targets[static_cast<std::size_t>(part.item)] + part.begin * h * eb,
+                       h);
     }
     worker.clock.lap(StageId::kSum);
   });

@@ -1,7 +1,7 @@
 // What forward and backward share: sizes, the grouped routes, the arrays of a block, and the stages both have.
 //
-// A block is some rows of one expert. Its arrays, a row per route in the order of Routes; Hp and Ip padded sizes, ra and
-// rd the padded widths of the LoRA halves (adapter_layer.h), s their scaling:
+// A block is some rows of one expert. Its arrays, a row per route in the order of Routes; Hp and Ip padded sizes, ra
+// and rd the padded widths of the LoRA halves (adapter_layer.h), s their scaling:
 //
 //   x        [rows, Hp]   gathered X                      dy    [rows, Hp]   gathered dY
 //   xa       [rows, ra]   X·gate_up_aᵀ in f32, and s· in elements
@@ -12,8 +12,9 @@
 //   yb       [rows, rd]   dY·down_b, f32 and s· elements
 //   gb       [rows, ra]   dG|dU·gate_up_b, f32 and s· elements
 //
-// A whole expert's blocks use the arrays of the worker that computes it, one after the other; a shared expert has arrays
-// of its own. What outlives the experts lies in `Node::out`: D of every route in forward, dX before the sum in backward.
+// A whole expert's blocks use the arrays of the worker that computes it, one after the other; a shared expert has
+// arrays of its own. What outlives the experts lies in `Node::out`: D of every route in forward, dX before the sum in
+// backward.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -114,11 +115,11 @@ struct Node {
 // What a forward or backward is about.
 struct Pass {
   std::uint32_t moe_index = 0;
-  const LoraLayer* lora = nullptr;           // Or null.
-  std::span<const ForwardItem> forward;      // In forward.
-  std::span<const BackwardItem> backward;    // In backward.
-  bool recompute = false;                    // Backward computes G and U again.
-  LoraLayer* accumulate_to = nullptr;        // Backward adds LoRA's gradients there.
+  const LoraLayer* lora = nullptr;         // Or null.
+  std::span<const ForwardItem> forward;    // In forward.
+  std::span<const BackwardItem> backward;  // In backward.
+  bool recompute = false;                  // Backward computes G and U again.
+  LoraLayer* accumulate_to = nullptr;      // Backward adds LoRA's gradients there.
 };
 
 struct ExpertCompute::State {
@@ -155,7 +156,8 @@ struct ExpertCompute::State {
   template <class CountOf, class Body>
   void run_phase(const CountOf& count_of, const Body& body) {
     std::int64_t total = 0;
-    for (std::size_t n = 0; n < nodes.size(); ++n) total += num_tasks[n] = static_cast<std::int64_t>(count_of(nodes[n]));
+    for (std::size_t n = 0; n < nodes.size(); ++n)
+      total += num_tasks[n] = static_cast<std::int64_t>(count_of(nodes[n]));
     if (total == 0) return;
     ++traffic.num_barriers;
     pool.run_on_nodes(num_tasks, [&](int node, std::int64_t index, int worker) {
@@ -232,7 +234,8 @@ struct ExpertCompute::State {
   }
   // The pair of panels after `pair`, or what comes after `end`.
   static kernels::Fetch next_pair(const WeightMatrix& w, Range pair, std::int64_t end, const kernels::Fetch& after);
-  kernels::Fetch next_transposed(const WeightMatrix& w, Range pair, std::int64_t end, const kernels::Fetch& after) const;
+  kernels::Fetch next_transposed(const WeightMatrix& w, Range pair, std::int64_t end,
+                                 const kernels::Fetch& after) const;
   Rows rows_of(const Scratch& array, std::int64_t row, std::int64_t ld) const {
     return {array.data() + row * ld * eb, ld};
   }
@@ -270,8 +273,8 @@ struct ExpertCompute::State {
   void for_each_account(const Visit& visit) const;
   void finish_account();
 
-  static constexpr std::int64_t kPair = 2;       // Panels multiplied at a time: 64 columns.
-  static constexpr std::int64_t kTileRows = 256; // Rows of a tile: 64 KiB of f32.
+  static constexpr std::int64_t kPair = 2;        // Panels multiplied at a time: 64 columns.
+  static constexpr std::int64_t kTileRows = 256;  // Rows of a tile: 64 KiB of f32.
   static constexpr std::int64_t kTileFloats = kTileRows * kPair * kernels::kPanelRows;
 
   ExpertDims dims;

@@ -22,8 +22,8 @@ void cut(std::int32_t owner, std::int64_t end, std::int64_t step, std::vector<Ta
 
 }  // namespace
 
-// Longest first to the worker with the least so far. An expert that would take that worker an eighth beyond its share is
-// shared.
+// Longest first to the worker with the least so far. An expert that would take that worker an eighth beyond its share
+// is shared.
 void plan_experts(const Routes& routes, std::int64_t node, std::int64_t num_nodes, int num_workers, ExpertPlan& plan) {
   plan.whole.clear();
   plan.shared.clear();

@@ -1,8 +1,8 @@
 // The routes of a batch grouped by expert.
 //
-// A route is one (token, slot j) with a real expert. Expert e belongs to node e mod N. Rows of all per-route arrays are in
-// this order: node, expert, item (rank order), token, slot. So the rows of one expert are contiguous, as are those of a
-// node, and the row order does not depend on how the batch is cut into tasks.
+// A route is one (token, slot j) with a real expert. Expert e belongs to node e mod N. Rows of all per-route arrays are
+// in this order: node, expert, item (rank order), token, slot. So the rows of one expert are contiguous, as are those
+// of a node, and the row order does not depend on how the batch is cut into tasks.
 #pragma once
 #include <cstdint>
 #include <span>

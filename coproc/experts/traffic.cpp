@@ -19,9 +19,9 @@ std::int64_t bytes_of(const AnyPanels& w) {
 }  // namespace
 
 std::string_view stage_name(StageId stage) {
-  constexpr std::array<std::string_view, kNumStages> kNames = {"gather x",        "gate, up",     "z to rank", "down",
-                                                               "gather dy",       "p, activation", "dw, ranks", "dx",
-                                                               "lora gradients", "sum"};
+  constexpr std::array<std::string_view, kNumStages> kNames = {
+      "gather x",      "gate, up",  "z to rank", "down",           "gather dy",
+      "p, activation", "dw, ranks", "dx",        "lora gradients", "sum"};
   return kNames[static_cast<std::size_t>(stage)];
 }
 
@@ -53,9 +53,7 @@ class ExpertCompute::Account {
     return bytes * std::min<std::int64_t>(num_sharing_, panels / State::kPair);
   }
   std::int64_t unless(bool stays, std::int64_t bytes) const { return is_whole() && stays ? 0 : bytes; }
-  std::int64_t pair_bytes(std::int64_t k) const {
-    return State::kPair * kernels::panel_stride_bytes(k, s_.eb);
-  }
+  std::int64_t pair_bytes(std::int64_t k) const { return State::kPair * kernels::panel_stride_bytes(k, s_.eb); }
   std::int64_t lora_bytes(LoraLayer::Part part) const {
     return pass_.lora == nullptr ? 0 : bytes_of(pass_.lora->packed(part, expert_));
   }
@@ -175,7 +173,8 @@ void ExpertCompute::State::finish_account() {
     traffic.link_bytes = static_cast<std::int64_t>(nodes.size() - 1) * partial_bytes;
   }
   for (const Worker& worker : workers) {
-    for (std::size_t stage = 0; stage < kNumStages; ++stage) traffic.stages[stage].seconds += worker.clock.seconds[stage];
+    for (std::size_t stage = 0; stage < kNumStages; ++stage)
+      traffic.stages[stage].seconds += worker.clock.seconds[stage];
   }
 }
 

@@ -54,8 +54,8 @@ class Rows : public KernelTest {
     const std::int64_t i = p.num_columns();
     BackwardResult result{Matrix(i / 32, m, 4), Matrix(m, i, element_bytes(), 3), Matrix(m, 2 * i, element_bytes(), 1)};
     with.swiglu_backward(saved.data(), saved.ld(), nullptr, p.floats(), p.ld(), weight.floats(), m, i,
-                         result.grad_weight.floats(), result.grad_weight.ld(), result.z.data(), result.z.ld(), result.grad.data(),
-                         result.grad.ld());
+                         result.grad_weight.floats(), result.grad_weight.ld(), result.z.data(), result.z.ld(),
+                         result.grad.data(), result.grad.ld());
     return result;
   }
 

@@ -92,8 +92,8 @@ void print(const char* name, const Traffic& traffic) {
   for (std::size_t n = 0; n < coproc::kNumStages; ++n) {
     const Traffic::Stage& stage = traffic.stages[n];
     if (stage.bytes() == 0) continue;
-    std::cout << "  " << coproc::stage_name(static_cast<StageId>(n)) << ": " << stage.activation_bytes / traffic.num_routes
-              << "\n";
+    std::cout << "  " << coproc::stage_name(static_cast<StageId>(n)) << ": "
+              << stage.activation_bytes / traffic.num_routes << "\n";
   }
   std::cout << "  total: " << traffic.total().activation_bytes / traffic.num_routes << "; weights "
             << traffic.total().weight_bytes << ", LoRA " << traffic.total().lora_bytes << " in all\n";
@@ -116,8 +116,8 @@ TEST(TrafficTest, EveryTouchedExpertsWeightsAreReadOncePerDirection) {
   EXPECT_EQ(one.forward.num_routes, 1);
 }
 
-// Two experts, each computed whole by one of one or two workers: X (dY) in, G and U out (in), the rows of results out and
-// in, and y (dX).
+// Two experts, each computed whole by one of one or two workers: X (dY) in, G and U out (in), the rows of results out
+// and in, and y (dX).
 TEST(TrafficTest, AnExpertComputedWholeMovesEachArrayOnce) {
   for (const std::uint32_t num_tokens : {32u, 128u}) {
     for (const int num_workers : {1, 2}) {

@@ -1,4 +1,5 @@
-// Experts spread over the workers of several NUMA nodes, here declared ones on one node: same results, and only sums cross.
+// Experts spread over the workers of several NUMA nodes, here declared ones on one node: same results, and only sums
+// cross.
 #include <iostream>
 
 #include "tests/coproc/experts/layer_fixture.h"
@@ -11,8 +12,8 @@ INSTANTIATE_TEST_SUITE_P(Tables, ExpertNodes, testing::ValuesIn(kernels::all_tab
 
 const LayerOptions kOptions = {.num_experts = 7, .hidden = 112, .intermediate = 72, .spec = spec_of(24, true, 8)};
 
-// dw and LoRA's gradients belong to one expert each: the same bits. y and dx are sums over experts, by node: rounded once
-// like those of one node, of a sum in another order.
+// dw and LoRA's gradients belong to one expert each: the same bits. y and dx are sums over experts, by node: rounded
+// once like those of one node, of a sum in another order.
 TEST_P(ExpertNodes, GiveTheResultsOfOneNode) {
   TestLayer layer(kOptions, table(), 71);
   std::mt19937 random(72);
@@ -32,8 +33,9 @@ TEST_P(ExpertNodes, GiveTheResultsOfOneNode) {
       EXPECT_TRUE(got[item].gate_up == want[item].gate_up);
       const std::size_t count = want[item].y.size() / static_cast<std::size_t>(eb);
       const double tolerance = eb == 4 ? 1e-6 : 1e-3;  // Here and there a bf16 one step away.
-      EXPECT_LE(relative_l2(from_elements(got[item].y.data(), count, eb), from_elements(want[item].y.data(), count, eb)),
-                tolerance);
+      EXPECT_LE(
+          relative_l2(from_elements(got[item].y.data(), count, eb), from_elements(want[item].y.data(), count, eb)),
+          tolerance);
       EXPECT_LE(
           relative_l2(from_elements(got[item].dx.data(), count, eb), from_elements(want[item].dx.data(), count, eb)),
           tolerance);

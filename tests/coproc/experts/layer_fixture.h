@@ -84,7 +84,7 @@ class TestLayer {
     int num_workers = 2;
     bool keep_gate_up = true;  // false: backward recomputes.
     bool accumulate = true;
-    std::int64_t l2_bytes = 0;          // 0: the table's. Little of it: blocks of few rows.
+    std::int64_t l2_bytes = 0;               // 0: the table's. Little of it: blocks of few rows.
     std::vector<int> workers_of_nodes = {};  // Empty: one node of num_workers.
   };
   std::vector<ItemResult> run(const std::vector<const Batch*>& batches, const RunOptions& options);

@@ -95,7 +95,8 @@ TEST(WorkerPool, RunsTheTasksOfEveryNodeOnceAndCountsStolenOnes) {
   EXPECT_EQ(pool.stolen_tasks(), num_stolen.load());
 }
 
-// Two tasks of one node that has one worker, each waiting for the other: the second worker must come from the other node.
+// Two tasks of one node that has one worker, each waiting for the other: the second worker must come from the other
+// node.
 TEST(WorkerPool, HelpsAnotherNodeWhenItsOwnHasNothingLeft) {
   WorkerPool pool(std::vector<std::vector<int>>{{-1}, {-1}});
   for (const auto& num_tasks : {std::vector<std::int64_t>{0, 2}, {2, 0}}) {
