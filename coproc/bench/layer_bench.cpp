@@ -333,13 +333,13 @@ double LayerRow::roofline_seconds(const Peaks& peaks) const {
 }
 
 Result<LayerReport> bench_layer(const LayerBenchOptions& options, const kernels::KernelTable& table, WorkerPool& pool,
-                                const Progress& progress) {
+                                std::span<const int> nodes, const Progress& progress) {
   const std::uint64_t cache_bytes = last_level_cache_bytes();
   const std::uint32_t num_layers =
       choose_num_layers(dims_of(options, table.element_bytes, 1), options.weight_format, cache_bytes);
   progress("filling " + std::to_string(num_layers) + " layers for caches of " + bytes_text(cache_bytes));
   KT_TRY(SyntheticLayers layers, make_synthetic_layers(dims_of(options, table.element_bytes, num_layers),
-                                                       options.weight_format, options.lora_rank, table, pool));
+                                                       options.weight_format, options.lora_rank, table, pool, nodes));
   KT_TRY(std::unique_ptr<PeakProbe> probe, PeakProbe::create(table, pool, cache_bytes));
   LayerBench bench(options, table, pool, std::move(layers), std::move(probe));
   return bench.run(progress);

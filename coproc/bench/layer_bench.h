@@ -57,8 +57,8 @@ struct LayerReport {
 
 using Progress = std::function<void(const std::string& line)>;
 
-// kNoResources where not even one layer's weights fit.
+// nodes: of the pool's groups, as for ExpertWeights::create. kNoResources where not even one layer's weights fit.
 Result<LayerReport> bench_layer(const LayerBenchOptions& options, const kernels::KernelTable& table, WorkerPool& pool,
-                                const Progress& progress);
+                                std::span<const int> nodes, const Progress& progress);
 
 }  // namespace kt::coproc

@@ -71,6 +71,7 @@ json row_json(const BenchMachine& machine, const LayerReport& report, const Laye
               {"samples_discarded", row.num_discarded},
               {"disturbed", row.is_disturbed},
               {"barriers", row.traffic.num_barriers},
+              {"link_bytes", row.traffic.link_bytes},
               {"stages", stages_json(row.traffic)}};
   if (row.over_frozen > 0) out["ratio_to_frozen"] = row.over_frozen;
   if (declared.has_value()) out["predicted_seconds"] = row.roofline_seconds(*declared);
@@ -109,13 +110,18 @@ std::string traffic_lines(const LayerRow& row) {
   };
   for_each_stage(row.traffic, line);
   line("total", total);
+  if (row.traffic.link_bytes > 0) {
+    text += fmt::format("sums of other pools, the only rows that cross from one to another: {}\n",
+                        bytes_text(static_cast<std::uint64_t>(row.traffic.link_bytes)));
+  }
   return text;
 }
 
 }  // namespace
 
 std::string BenchMachine::text() const {
-  return fmt::format("{}, {} kernels, {} worker{}", processor, kernels, num_workers, num_workers == 1 ? "" : "s");
+  return fmt::format("{}, {} kernels, {} worker{}{}", processor, kernels, num_workers, num_workers == 1 ? "" : "s",
+                     num_pools == 1 ? "" : fmt::format(" in {} pools", num_pools));
 }
 
 std::string processor_name() {
@@ -133,6 +139,7 @@ json peaks_json(const BenchMachine& machine, const Peaks& peaks) {
           {"machine", machine.text()},
           {"kernels", machine.kernels},
           {"worker_threads", machine.num_workers},
+          {"numa_nodes", machine.num_pools},
           {"peaks", {{flops_key(machine), peaks.flops}, {"dram_bytes_per_second", peaks.dram_bytes_per_second}}},
           {"rows", json::array()}};
 }

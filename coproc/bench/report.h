@@ -14,6 +14,7 @@ struct BenchMachine {
   std::string processor;
   std::string kernels;
   std::uint32_t num_workers = 0;
+  std::uint32_t num_pools = 1;
   std::int64_t element_bytes = 2;
 };
 // The processor's name as /proc/cpuinfo has it.

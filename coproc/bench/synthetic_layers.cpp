@@ -31,10 +31,11 @@ void fill_parameters(const ExpertDims& dims, Adapter& adapter) {
 }  // namespace
 
 Result<SyntheticLayers> make_synthetic_layers(const ExpertDims& dims, const std::string& weight_format,
-                                              std::uint32_t rank, const kernels::KernelTable& table, WorkerPool& pool) {
+                                              std::uint32_t rank, const kernels::KernelTable& table, WorkerPool& pool,
+                                              std::span<const int> nodes) {
   SyntheticLayers layers;
   layers.dims = dims;
-  KT_TRY(layers.weights, ExpertWeights::create(dims, table, quantised_format(weight_format)));
+  KT_TRY(layers.weights, ExpertWeights::create(dims, table, quantised_format(weight_format), nodes));
   const std::int64_t count = static_cast<std::int64_t>(dims.hidden_size) * dims.intermediate_size;
   const std::vector<std::byte> gate = random_elements(count, table.element_bytes, 1);
   const std::vector<std::byte> up = random_elements(count, table.element_bytes, 2);

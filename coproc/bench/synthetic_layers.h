@@ -20,8 +20,10 @@ struct SyntheticLayers {
 };
 
 // dims: every layer has experts. All experts have the same numbers, in memory of their own: no kernel's speed depends
-// on them. rank: of LoRA on all three matrices, one A for gate and up as in PEFT's fused layout; 0: none. kNoResources.
+// on them. nodes: as for ExpertWeights::create. rank: of LoRA on all three matrices, one A for gate and up as in PEFT's
+// fused layout; 0: none. kNoResources.
 Result<SyntheticLayers> make_synthetic_layers(const ExpertDims& dims, const std::string& weight_format,
-                                              std::uint32_t rank, const kernels::KernelTable& table, WorkerPool& pool);
+                                              std::uint32_t rank, const kernels::KernelTable& table, WorkerPool& pool,
+                                              std::span<const int> nodes = {});
 
 }  // namespace kt::coproc

@@ -29,6 +29,7 @@ struct BenchOptions {
   bool json = false;
   std::uint32_t threads = 0;  // 0: chosen from the machine.
   std::string kernels = "auto";
+  std::string numa = "auto";
   LayerBenchOptions layer;
   std::vector<double> machine;  // --machine as it was given.
 };
@@ -41,6 +42,7 @@ void add_common_options(CLI::App& app, BenchOptions& options) {
   app.add_option("--kernels", options.kernels, "auto, amx, avx512, avx2 or scalar")
       ->type_name("NAME")
       ->check(CLI::IsMember({"auto", "amx", "avx512", "avx2", "scalar"}));
+  app.add_option("--numa", options.numa, "auto, off, or pools of CPUs as kt-coproc run takes them")->type_name("POOLS");
   app.add_option("--weight-format", options.layer.weight_format, "bf16, int8, int4 or fp32")
       ->type_name("FORMAT")
       ->check(CLI::IsMember({"bf16", "int8", "int4", "fp32"}));
@@ -95,6 +97,7 @@ Status check(const BenchOptions& options, const std::string& name) {
 struct BenchSetup {
   const kernels::KernelTable* table = nullptr;
   std::unique_ptr<WorkerPool> pool;
+  std::vector<int> nodes;  // Of the pool's groups.
   BenchMachine machine;
 };
 
@@ -107,12 +110,14 @@ Result<BenchSetup> prepare_bench(const BenchOptions& options) {
     return Error{ErrorCode::kNoResources, "cannot use the kernels '" + options.kernels + "'", why,
                  "leave --kernels out: the best this CPU can run are chosen"};
   }
-  WorkerPlan plan = plan_workers(inspect_machine(read_cgroup_limits().cpus), options.threads);
+  KT_TRY(const NumaChoice numa, parse_numa(options.numa));
+  KT_TRY(const WorkerPlan plan, plan_workers(inspect_machine(read_cgroup_limits().cpus), options.threads, numa));
   std::fprintf(stderr, "%s\n", plan.summary.c_str());
   if (!plan.warning.empty()) std::fprintf(stderr, "warning: %s\n", plan.warning.c_str());
-  setup.machine = {processor_name(), std::string(setup.table->name), static_cast<std::uint32_t>(plan.cpus.size()),
-                   element_bytes};
-  setup.pool = std::make_unique<WorkerPool>(std::move(plan.cpus));
+  setup.machine = {processor_name(), std::string(setup.table->name), plan.num_workers(),
+                   static_cast<std::uint32_t>(plan.pools.size()), element_bytes};
+  setup.pool = std::make_unique<WorkerPool>(plan.pools);
+  setup.nodes = plan.nodes;
   return setup;
 }
 
@@ -139,7 +144,7 @@ Status run_layer(const BenchOptions& options) {
   if (!options.machine.empty()) declared = Peaks{options.machine[0], options.machine[1]};
   KT_TRY(const BenchSetup setup, prepare_bench(options));
   const auto progress = [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); };
-  KT_TRY(const LayerReport report, bench_layer(options.layer, *setup.table, *setup.pool, progress));
+  KT_TRY(const LayerReport report, bench_layer(options.layer, *setup.table, *setup.pool, setup.nodes, progress));
   print(layer_table(setup.machine, report, declared), layer_json(setup.machine, report, declared), options.json);
   return ok_status();
 }

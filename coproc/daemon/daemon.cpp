@@ -1,6 +1,5 @@
 #include "coproc/daemon/daemon.h"
 
-#include <numa.h>
 #include <pthread.h>
 #include <signal.h>
 #include <spdlog/spdlog.h>
@@ -119,8 +118,8 @@ void fill_status(shm::StatusPage& page, const Prepared& prepared, const std::str
   page.top_k = config.top_k;
   page.hidden_size = config.hidden_size;
   page.intermediate_size = config.intermediate_size;
-  page.numa_nodes = prepared.machine.numa_nodes;
-  page.worker_threads = static_cast<std::uint32_t>(prepared.workers.cpus.size());
+  page.numa_nodes = static_cast<std::uint32_t>(prepared.workers.pools.size());
+  page.worker_threads = prepared.workers.num_workers();
   page.started_ns = started_ns;
   page.load_bytes_total.store(prepared.checkpoint.expert_bytes(), std::memory_order_relaxed);
   page.state.store(shm::DaemonState::kLoading, std::memory_order_relaxed);
@@ -172,13 +171,8 @@ class Daemon {
   // The loader's thread.
   void load() {
     ::pthread_setname_np(::pthread_self(), "kt-loader");
-    if (options_.numa && prepared_.machine.numa_nodes > 1) {
-      // For the memory this thread and the threads it starts touch first: the weights.
-      ::numa_set_interleave_mask(::numa_all_nodes_ptr);
-    }
     WeightsSink sink(*prepared_.weights);
-    const auto num_threads =
-        std::clamp(static_cast<std::uint32_t>(prepared_.workers.cpus.size()), kLoaderThreadsMin, kLoaderThreadsMax);
+    const auto num_threads = std::clamp(prepared_.workers.num_workers(), kLoaderThreadsMin, kLoaderThreadsMax);
     ProgressPrinter printer(progress_);
     Status status = load_experts(prepared_.checkpoint, prepared_.element, sink, progress_, num_threads);
     if (status.ok()) printer.finish();
@@ -194,7 +188,7 @@ class Daemon {
       return server_->finish();
     }
     shm::StatusPage& page = status_.page();
-    pool_ = std::make_unique<WorkerPool>(prepared_.workers.cpus);
+    pool_ = std::make_unique<WorkerPool>(prepared_.workers.pools);
     engine_ =
         std::make_unique<Engine>(prepared_.dims, *prepared_.table, *prepared_.weights, *pool_, page, prepared_.engine);
     server_->serve(*engine_);

@@ -113,13 +113,10 @@ Status read_socket(const Reader& reader, RunOptions& options) {
 
 Status read_numa(const Reader& reader, RunOptions& options) {
   const SettingValue* const value = reader.find("numa");
-  if (value != nullptr && value->text.find_first_not_of("0123456789-,;") == std::string::npos) {
-    return bad_value(*value, "numa", "pools of workers on declared CPUs are not in this version",
-                     "use --numa auto, or --numa off");
-  }
-  std::string numa = "auto";
-  KT_TRY_STATUS(reader.choice("numa", {"auto", "off"}, numa));
-  options.numa = numa == "auto";
+  if (value == nullptr) return ok_status();
+  Result<NumaChoice> parsed = parse_numa(value->text);
+  if (!parsed.ok()) return bad_value(*value, "numa", parsed.error().why, parsed.error().fix);
+  options.numa = std::move(parsed).value();
   return ok_status();
 }
 

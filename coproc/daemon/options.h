@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "coproc/daemon/cli.h"
+#include "coproc/machine/numa.h"
 #include "shm/base/result.h"
 
 namespace kt::coproc {
@@ -16,7 +17,7 @@ struct RunOptions {
   std::string model;
   std::string socket_path;    // Absolute, at most 107 bytes.
   std::uint32_t threads = 0;  // 0: chosen from the machine.
-  bool numa = true;
+  NumaChoice numa;
   std::string weight_format = "bf16";  // "bf16", "fp32", "int8" or "int4".
   std::string kernels = "auto";        // A name of DESIGN §4; whether the CPU has it is another question.
   bool deterministic = false;

@@ -41,7 +41,9 @@ Result<Prepared> prepare(const RunOptions& options) {
 
   const CgroupLimits limits = read_cgroup_limits();
   const MemoryRoom room = read_memory_room(limits);
-  KT_TRY(auto weights, ExpertWeights::create(dims, *table, quantised_format(options.weight_format)));
+  const Machine machine = inspect_machine(limits.cpus);
+  KT_TRY(WorkerPlan workers, plan_workers(machine, options.threads, options.numa));
+  KT_TRY(auto weights, ExpertWeights::create(dims, *table, quantised_format(options.weight_format), workers.nodes));
   KT_TRY_STATUS(require_memory(room, weights->bytes(), "the expert weights of " + checkpoint.config().path));
 
   EngineOptions engine;
@@ -51,9 +53,7 @@ Result<Prepared> prepare(const RunOptions& options) {
   if (engine.activation_bytes_max == 0) {
     engine.activation_bytes_max = (room.bytes - weights->bytes()) / kActivationShare;
   }
-  const Machine machine = inspect_machine(limits.cpus);
-  WorkerPlan workers = plan_workers(machine, options.threads);
-  return Prepared{std::move(checkpoint), std::move(model_fingerprint), element, dims, table, machine,
+  return Prepared{std::move(checkpoint), std::move(model_fingerprint), element, dims, table,
                   std::move(workers),    std::move(weights),           engine};
 }
 

@@ -21,7 +21,6 @@ struct Prepared {
   ElementType element = ElementType::kBf16;
   ExpertDims dims;
   const kernels::KernelTable* table = nullptr;
-  Machine machine;
   WorkerPlan workers;
   std::unique_ptr<ExpertWeights> weights;  // Reserved, not loaded.
   EngineOptions engine;

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "coproc/machine/memory_room.h"
+#include "coproc/machine/numa.h"
 
 namespace kt::coproc {
 namespace {
@@ -15,7 +16,7 @@ constexpr std::uint64_t kHugePageBytes = 2097152;
 
 }  // namespace
 
-Result<Memory> Memory::map(std::uint64_t bytes, const std::string& purpose, const std::string& fix) {
+Result<Memory> Memory::map(std::uint64_t bytes, const std::string& purpose, const std::string& fix, int node) {
   KT_TRY_STATUS(require_memory(read_memory_room(read_cgroup_limits()), bytes, purpose, fix));
   const bool huge = bytes >= kHugePageBytes;
   Memory memory;
@@ -35,6 +36,7 @@ Result<Memory> Memory::map(std::uint64_t bytes, const std::string& purpose, cons
     // Advice only: without huge pages everything works, with more TLB misses.
     static_cast<void>(::madvise(memory.data_, bytes, MADV_HUGEPAGE));
   }
+  bind_memory(memory.data_, bytes, node);
   return memory;
 }
 

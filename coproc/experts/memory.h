@@ -15,8 +15,9 @@ namespace kt::coproc {
 // Zero-filled anonymous memory of this process. Pages are taken when first touched, huge ones where there are any.
 class Memory {
  public:
-  // kNoResources where so much is not free (coproc/machine/memory_room.h), and when the system refuses.
-  static Result<Memory> map(std::uint64_t bytes, const std::string& purpose, const std::string& fix);
+  // Of NUMA node `node` if it can be; -1: any. kNoResources where so much is not free (coproc/machine/memory_room.h),
+  // and when the system refuses.
+  static Result<Memory> map(std::uint64_t bytes, const std::string& purpose, const std::string& fix, int node = -1);
   Memory() = default;
   Memory(Memory&& other) noexcept
       : mapping_(std::exchange(other.mapping_, nullptr)),

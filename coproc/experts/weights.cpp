@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "coproc/machine/memory_room.h"
+
 namespace kt::coproc {
 
 using kernels::kPanelRows;
@@ -58,7 +60,7 @@ kernels::Fetch WeightMatrix::fetch(const Piece& piece, std::int64_t element_byte
   return {data + piece.first * stride + offset(k_begin), offset(k_end) - offset(k_begin), stride, piece.num_panels};
 }
 
-// One mapping, expert after expert, layer after layer: gate_up panels, then down panels.
+// A mapping for each node: its experts one after the other, layer after layer; gate_up panels, then down panels.
 struct ExpertWeights::State {
   State(ExpertDims dims_in, const kernels::KernelTable& table_in, std::optional<kernels::QuantFormat> quantised_in)
       : dims(std::move(dims_in)),
@@ -85,8 +87,14 @@ struct ExpertWeights::State {
   }
   std::byte* expert(std::uint32_t moe_index, std::uint32_t expert_idx) const {
     KT_DCHECK(moe_index < dims.moe_layers.size() && expert_idx < dims.num_experts);
-    const std::int64_t index = static_cast<std::int64_t>(moe_index) * dims.num_experts + expert_idx;
-    return memory.data() + index * expert_bytes;
+    const auto num_nodes = static_cast<std::uint32_t>(memory.size());
+    const std::int64_t index = moe_index * experts_of(expert_idx % num_nodes) + expert_idx / num_nodes;
+    return memory[expert_idx % num_nodes].data() + index * expert_bytes;
+  }
+  // How many experts of a layer a node has.
+  std::int64_t experts_of(std::size_t node) const {
+    const std::size_t num_nodes = memory.size();
+    return static_cast<std::int64_t>((dims.num_experts + num_nodes - 1 - node) / num_nodes);
   }
   std::uint64_t bytes() const {
     return static_cast<std::uint64_t>(expert_bytes) * dims.num_experts * dims.moe_layers.size();
@@ -100,23 +108,29 @@ struct ExpertWeights::State {
   std::int64_t gate_up_panels;
   std::int64_t down_panels;
   std::int64_t expert_bytes;
-  Memory memory;
+  std::vector<Memory> memory;
 };
 
 ExpertWeights::ExpertWeights(std::unique_ptr<State> state) : state_(std::move(state)) {}
 ExpertWeights::~ExpertWeights() = default;
 
 Result<std::unique_ptr<ExpertWeights>> ExpertWeights::create(const ExpertDims& dims, const kernels::KernelTable& table,
-                                                             std::optional<kernels::QuantFormat> quantised) {
+                                                             std::optional<kernels::QuantFormat> quantised,
+                                                             std::span<const int> nodes) {
   KT_CHECK(dims.element_bytes == table.element_bytes);
   KT_CHECK(!quantised || table.quantise != nullptr);
   auto state = std::make_unique<State>(dims, table, quantised);
-  KT_TRY(state->memory,
-         Memory::map(state->bytes(),
-                     "the expert weights of " + std::to_string(dims.moe_layers.size()) + " layers × " +
-                         std::to_string(dims.num_experts) + " experts",
-                     "stop other processes on this machine, raise the container's memory limit, or serve a smaller "
-                     "model"));
+  const std::string purpose = "the expert weights of " + std::to_string(dims.moe_layers.size()) + " layers × " +
+                              std::to_string(dims.num_experts) + " experts";
+  const std::string fix =
+      "stop other processes on this machine, raise the container's memory limit, or serve a smaller model";
+  KT_TRY_STATUS(require_memory(read_memory_room(read_cgroup_limits()), state->bytes(), purpose, fix));
+  state->memory.resize(std::max<std::size_t>(nodes.size(), 1));
+  for (std::size_t node = 0; node < state->memory.size(); ++node) {
+    const auto bytes = static_cast<std::uint64_t>(state->experts_of(node) * state->expert_bytes);
+    KT_TRY(state->memory[node],
+           Memory::map(bytes * dims.moe_layers.size(), purpose, fix, nodes.empty() ? -1 : nodes[node]));
+  }
   return std::unique_ptr<ExpertWeights>(new ExpertWeights(std::move(state)));
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string_view>
 
 #include "coproc/experts/dims.h"
@@ -53,9 +54,11 @@ struct WeightMatrix {
 class ExpertWeights {
  public:
   // Reserves the memory (kNoResources with numbers when it is not there); nothing is packed yet. With `quantised` the
-  // weights are kept in that format only.
+  // weights are kept in that format only. `nodes`: a NUMA node for each pool of workers (-1: any); expert e's weights
+  // are on that of pool e mod nodes.size().
   static Result<std::unique_ptr<ExpertWeights>> create(const ExpertDims& dims, const kernels::KernelTable& table,
-                                                       std::optional<kernels::QuantFormat> quantised = std::nullopt);
+                                                       std::optional<kernels::QuantFormat> quantised = std::nullopt,
+                                                       std::span<const int> nodes = {});
   ~ExpertWeights();
   ExpertWeights(const ExpertWeights&) = delete;
   ExpertWeights& operator=(const ExpertWeights&) = delete;

@@ -41,8 +41,11 @@ class Usage(DaemonTest):
         for threads in ("0", "-1", "two", "99999999999999999999", "1025", "1.5", ""):
             self.assert_error(run("--threads", threads), 2, "--threads")
         self.assert_error(run("--weight-format", "fp16"), 2, "fp16", "bf16, fp32, int8, int4")
-        self.assert_error(run("--numa", "0-55;56-111"), 2, "not in this version")
         self.assert_error(run("--numa", "on"), 2, "auto, off")
+        self.assert_error(run("--numa", "0;;1"), 2, "pool 1 has no CPU")
+        self.assert_error(run("--numa", "0,0"), 2, "named twice")
+        self.assert_error(run("--numa", "8191"), 2, "8191")
+        self.assert_error(run("--numa", "0", "--threads", "1"), 2, "--threads")
         self.assert_error(run("--kernels", "neon"), 2, "neon")
         self.assert_error(run("--weight-format", "fp32", "--kernels", "avx512"), 2, "scalar")
         self.assertFalse(self.runtime.exists())

@@ -27,11 +27,13 @@ class FakeRoot {
   testing::TempDir directory_;
 };
 
-Machine machine_of(std::size_t num_cores, std::size_t cpus_per_core, std::optional<double> quota = {}) {
+Machine machine_of(std::size_t num_cores, std::size_t cpus_per_core, std::optional<double> quota = {},
+                   std::size_t num_nodes = 1) {
   Machine machine;
   machine.cpu_quota = quota;
   for (std::size_t core = 0; core < num_cores; ++core) {
     machine.cores.emplace_back();
+    machine.core_nodes.push_back(num_nodes == 1 ? 0 : static_cast<int>(core * num_nodes / num_cores));
     for (std::size_t i = 0; i < cpus_per_core; ++i) {
       machine.cores.back().push_back(static_cast<int>(core + i * num_cores));
     }
@@ -128,37 +130,88 @@ TEST(Topology, HyperthreadsOfACoreBelongTogether) {
   EXPECT_EQ(group_by_core({7, 9}, root.path()), (std::vector<std::vector<int>>{{7}, {9}})) << "without the files";
 }
 
+using Pools = std::vector<std::vector<int>>;
+
+WorkerPlan plan_of(const Machine& machine, std::uint32_t threads, const NumaChoice& numa = {}) {
+  auto plan = plan_workers(machine, threads, numa);
+  EXPECT_TRUE(plan.ok());
+  return std::move(plan).value();
+}
+
 TEST(Topology, EveryCoreComputesUpToEightAndTwoAreLeftFreeAbove) {
-  EXPECT_EQ(plan_workers(machine_of(1, 1), 0).cpus.size(), 1u);
-  EXPECT_EQ(plan_workers(machine_of(8, 2), 0).cpus.size(), 8u);
-  EXPECT_EQ(plan_workers(machine_of(56, 2), 0).cpus.size(), 54u);
-  const WorkerPlan plan = plan_workers(machine_of(2, 1), 0);
-  EXPECT_EQ(plan.cpus, (std::vector<int>{0, 1}));
+  EXPECT_EQ(plan_of(machine_of(1, 1), 0).num_workers(), 1u);
+  EXPECT_EQ(plan_of(machine_of(8, 2), 0).num_workers(), 8u);
+  EXPECT_EQ(plan_of(machine_of(56, 2), 0).num_workers(), 54u);
+  const WorkerPlan plan = plan_of(machine_of(2, 1), 0);
+  EXPECT_EQ(plan.pools, (Pools{{0, 1}}));
   EXPECT_EQ(plan.summary, "compute workers: 2 of 2 cores (affinity 2, cgroup quota none)");
   EXPECT_EQ(plan.warning, "");
 }
 
 TEST(Topology, AQuotaLimitsTheWorkersAndLeavesThemUnpinned) {
-  const WorkerPlan plan = plan_workers(machine_of(64, 2, 2.5), 0);
-  EXPECT_EQ(plan.cpus, (std::vector<int>{-1, -1}));
+  const WorkerPlan plan = plan_of(machine_of(64, 2, 2.5), 0);
+  EXPECT_EQ(plan.pools, (Pools{{-1, -1}}));
   EXPECT_EQ(plan.summary, "compute workers: 2 of 64 cores (affinity 128, cgroup quota 2.5 CPUs)");
-  EXPECT_EQ(plan_workers(machine_of(4, 1, 0.5), 0).cpus.size(), 1u);
-  EXPECT_EQ(plan_workers(machine_of(4, 1, 100.0), 0).cpus, (std::vector<int>{0, 1, 2, 3}));
+  EXPECT_EQ(plan_of(machine_of(4, 1, 0.5), 0).num_workers(), 1u);
+  EXPECT_EQ(plan_of(machine_of(4, 1, 100.0), 0).pools, (Pools{{0, 1, 2, 3}}));
 }
 
 TEST(Topology, AskedForThreadsTakeACpuOfEveryCoreFirst) {
-  EXPECT_EQ(plan_workers(machine_of(3, 2), 2).cpus, (std::vector<int>{0, 1}));
-  const WorkerPlan more = plan_workers(machine_of(2, 2), 3);
-  EXPECT_EQ(more.cpus, (std::vector<int>{0, 1, 2}));
+  EXPECT_EQ(plan_of(machine_of(3, 2), 2).pools, (Pools{{0, 1}}));
+  const WorkerPlan more = plan_of(machine_of(2, 2), 3);
+  EXPECT_EQ(more.pools, (Pools{{0, 1, 2}}));
   EXPECT_NE(more.warning.find("more than the 2 cores"), std::string::npos) << more.warning;
-  EXPECT_EQ(plan_workers(machine_of(2, 2), 5).cpus, std::vector<int>(5, -1));
+  EXPECT_EQ(plan_of(machine_of(2, 2), 5).pools, (Pools{std::vector<int>(5, -1)}));
+}
+
+// 12 cores on 2 nodes, two of them left free: one less on each.
+TEST(Topology, EveryNumaNodeHasAPoolOfItsOwn) {
+  const WorkerPlan plan = plan_of(machine_of(12, 1, {}, 2), 0);
+  EXPECT_EQ(plan.pools, (Pools{{0, 1, 2, 3, 4}, {6, 7, 8, 9, 10}}));
+  EXPECT_EQ(plan.nodes, (std::vector<int>{0, 1}));
+  EXPECT_EQ(plan.summary, "compute workers: 10 of 12 cores in 2 pools (affinity 12, cgroup quota none)");
+  NumaChoice off;
+  off.mode = NumaChoice::Mode::kOff;
+  EXPECT_EQ(plan_of(machine_of(4, 1, {}, 2), 0, off).pools, (Pools{{0, 1, 2, 3}}));
+  EXPECT_EQ(plan_of(machine_of(4, 1, {}, 2), 0, off).nodes, (std::vector<int>{-1}));
+  EXPECT_EQ(plan_of(machine_of(4, 1, {}, 2), 1).pools, (Pools{{0}}));
+  EXPECT_EQ(plan_of(machine_of(4, 1, 2.0, 2), 0).pools, (Pools{{-1, -1}})) << "not pinned, so of no node";
+}
+
+TEST(Topology, DeclaredPoolsAreTakenAsTheyAre) {
+  const Machine machine = machine_of(4, 2);
+  auto numa = parse_numa("0-2,5;3");
+  ASSERT_TRUE(numa.ok());
+  const WorkerPlan plan = plan_of(machine, 0, numa.value());
+  EXPECT_EQ(plan.pools, (Pools{{0, 1, 2, 5}, {3}}));
+  EXPECT_EQ(plan.nodes.size(), 2u);
+  EXPECT_NE(plan.warning, "") << "five workers, four cores";
+  const auto refused = plan_workers(machine_of(2, 1), 0, numa.value());
+  ASSERT_FALSE(refused.ok());
+  EXPECT_NE(refused.error().what.find("CPU 2"), std::string::npos) << refused.error().what;
+  EXPECT_FALSE(plan_workers(machine, 3, numa.value()).ok()) << "two answers to one question";
+}
+
+TEST(Numa, ReadsListsOfCpusAndRefusesEverythingElse) {
+  EXPECT_EQ(parse_numa("auto").value().mode, NumaChoice::Mode::kAuto);
+  EXPECT_EQ(parse_numa("off").value().mode, NumaChoice::Mode::kOff);
+  EXPECT_EQ(parse_numa("0").value().pools, (Pools{{0}}));
+  EXPECT_EQ(parse_numa("0;1").value().pools, (Pools{{0}, {1}}));
+  EXPECT_EQ(parse_numa("4-6,9;0").value().pools, (Pools{{4, 5, 6, 9}, {0}}));
+  for (const char* text : {"", "on", ";", "0;", ";0", "0;;1", "3-1", "0,0", "0-3;2", "-1", "1-", "0,", "8192", "0 1",
+                           "99999999999999999999", "0-1024"}) {
+    const auto parsed = parse_numa(text);
+    ASSERT_FALSE(parsed.ok()) << text;
+    EXPECT_EQ(parsed.error().code, ErrorCode::kUsage);
+    EXPECT_FALSE(parsed.error().why.empty() || parsed.error().fix.empty());
+  }
 }
 
 TEST(Topology, ThisMachineHasACore) {
   const Machine machine = inspect_machine(std::nullopt);
   EXPECT_GE(machine.cores.size(), 1u);
   EXPECT_GE(machine.num_cpus(), 1);
-  EXPECT_GE(machine.numa_nodes, 1u);
+  EXPECT_EQ(machine.core_nodes.size(), machine.cores.size());
 }
 
 }  // namespace
