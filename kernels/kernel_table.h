@@ -169,7 +169,7 @@ struct KernelTable {
                           std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
 
   // grad[r, n] f32 (ldg) += scale · Σ_m left[m, r]·row_scale[m]·right[m, n]; left f32 (ldl), right elements (ldr),
-  // row_scale null = 1. transposed: grad is [n, r]. Summed over m ascending in fp32, then added once.
+  // row_scale null = 1. transposed: grad is [n, r]. Sums of 256 m, ascending, in fp32 are added one after the other.
   void (*lora_wgrad)(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr, const float* row_scale,
                      std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad, std::int64_t ldg,
                      bool transposed);

@@ -15,6 +15,15 @@ constexpr std::int64_t kPiecePanels = 8;
 // With so few rows a product is shorter than the transposition before it, which then brings the next piece.
 constexpr std::int64_t kFewRows = 4;
 
+// LoRA's matrices are too small for a kernel to fetch on the way: the next pair's part, while this one is at work.
+void fetch_all(const Fetch& fetch) {
+  constexpr std::int64_t kLineBytes = 64;
+  for (std::int64_t block = 0; block < fetch.count; ++block) {
+    const std::byte* data = fetch.data + block * fetch.stride;
+    for (std::int64_t at = 0; at < fetch.block_bytes; at += kLineBytes) __builtin_prefetch(data + at, 0, 2);
+  }
+}
+
 // LoRA's packed matrix as any other.
 WeightMatrix matrix(const Panels& w) { return {w.data, w.stride, w.num_panels, w.k, std::nullopt}; }
 
@@ -72,6 +81,7 @@ void ExpertCompute::State::add_lora(const Projection& from, LoraRank rank, Range
   if (rank.width == 0) return;
   Panels narrow = w;
   narrow.k = rank.depth;
+  fetch_all(next_pair(matrix(w), panels, w.num_panels, {}));
   multiply(matrix(narrow), panels, rows_of(from.rounded, rows.begin, rank.width), rows.count(), {c.data, c.ld, true},
            worker, {});
 }
@@ -79,8 +89,12 @@ void ExpertCompute::State::add_lora(const Projection& from, LoraRank rank, Range
 void ExpertCompute::State::add_lora_transposed(const Projection& from, LoraRank rank, Range rows, const Panels& w,
                                                Range panels, const Tile& c, Worker& worker) const {
   if (rank.width == 0) return;
-  multiply_transposed(matrix(w), panels, rows_of(from.rounded, rows.begin, rank.width), rows.count(),
-                      {c.data, c.ld, true}, worker, {});
+  fetch_all(next_transposed(matrix(w), panels, w.k / kPanelRows, {}));
+  const WeightMatrix::Piece all = {panels.begin, panels.count(), 0, w.num_panels};
+  Panels narrow = matrix(w).transpose(table, all, worker.transposed, worker.weights, {});
+  narrow.k = rank.depth;
+  table.gemm(from.rounded.data() + rows.begin * rank.width * eb, rank.width, rows.count(), narrow, c.data, c.ld, true,
+             {});
 }
 
 Fetch ExpertCompute::State::next_pair(const WeightMatrix& w, Range pair, std::int64_t end, const Fetch& after) {

@@ -175,6 +175,24 @@ TEST_F(EvexEmulator, IntegersAreShiftedConvertedComparedAndMergedAsSigned) {
   }
 }
 
+TEST_F(EvexEmulator, LanesOfTwoVectorsArePermutedByIndex) {
+  Words a{}, b{}, index{}, got{};
+  for (std::uint32_t i = 0; i < 16; ++i) {
+    a.word[i] = 100 + i;
+    b.word[i] = 200 + i;
+    index.word[i] = (i * 7 + 3) | i << 8;  // Bits above the fifth do not count.
+  }
+  __asm__ volatile(
+      "vmovups %1, %%zmm16\n vmovups %2, %%zmm17\n vmovups %3, %%zmm18\n"
+      "vpermt2ps %%zmm17, %%zmm18, %%zmm16\n vmovups %%zmm16, %0"
+      : "=m"(got)
+      : "m"(a), "m"(b), "m"(index));
+  for (std::size_t i = 0; i < 16; ++i) {
+    const std::uint32_t from = index.word[i] & 31;
+    EXPECT_EQ(got.word[i], from < 16 ? 100 + from : 200 + from - 16) << "word " << i;
+  }
+}
+
 TEST_F(EvexEmulator, Vdpbf16psFollowsItsBitModelForAnyBits) {
   const auto seed = static_cast<std::uint32_t>(testing::UnitTest::GetInstance()->random_seed());
   std::cout << "seed " << seed << "\n";

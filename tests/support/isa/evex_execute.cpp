@@ -192,6 +192,21 @@ void execute_extract(const Instruction& in, VectorRegisters& registers) {
   write_rm(in, registers, value.bytes + (in.immediate & (parts - 1)) * in.memory_bytes, in.memory_bytes);
 }
 
+// The first table is the destination itself; an index of twice the lanes chooses table and lane.
+void execute_permute_two(const Instruction& in, VectorRegisters& registers) {
+  const Zmm first = registers.zmm(in.reg);
+  const Zmm index = registers.zmm(in.second);
+  const Zmm second = read_rm(in, registers);
+  const std::uint32_t lanes = in.vector_bytes / 4;
+  Zmm result{};
+  for (std::uint32_t i = 0; i < lanes; ++i) {
+    const std::uint32_t from = index.get<std::uint32_t>(static_cast<int>(i)) & (2 * lanes - 1);
+    const Zmm& table = from < lanes ? first : second;
+    std::memcpy(result.bytes + i * 4, table.bytes + from % lanes * 4, 4);
+  }
+  write_vector(in, registers, in.reg, result);
+}
+
 float scalar_result(const Instruction& in, float a, float b) {
   Instruction vector = in;
   vector.op = in.op == Op::kAddScalar   ? Op::kAdd
@@ -299,6 +314,9 @@ const char* execute_evex(const Instruction& in, VectorRegisters& registers) {
     case Op::kUnpackHigh:
     case Op::kBroadcast:
       write_vector(in, registers, in.reg, rearrange(in, registers.zmm(in.second), read_rm(in, registers)));
+      break;
+    case Op::kPermuteTwo:
+      execute_permute_two(in, registers);
       break;
     case Op::kExtract:
       execute_extract(in, registers);

@@ -57,6 +57,7 @@ enum class Op : std::uint8_t {
   kShuffleBytes,
   kUnpackLow,
   kUnpackHigh,
+  kPermuteTwo,
   // Opmask registers, VEX-encoded.
   kMaskMove,
   kMaskFromGpr,
