@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,11 @@ import checkpoint
 import machine
 import peer_targets
 import peers
+import program
 import rounds
 import workload
 from daemon import Daemon
+from program import say
 
 
 @dataclasses.dataclass
@@ -66,7 +66,7 @@ class Bench:
                 {"name": r.name, "what": peers.WHAT[r.name], "unavailable": r.unavailable or None, **r.about}
                 for r in results
             ],
-            "rows": [row for result in results for row in rows_of(result)],
+            "rows": [row for result in results for row in rows_of(result, self._shape, peaks["peaks"])],
         }
         report["targets_apply"] = not self._arguments.quick
         return report
@@ -108,7 +108,7 @@ class Bench:
         result.pairs = rounds.sample_pairs(ours, peer, modes, self._arguments.tokens, self._arguments.samples)
 
 
-def rows_of(result: Comparison) -> list[dict[str, Any]]:
+def rows_of(result: Comparison, shape: workload.Shape, peaks: dict[str, float]) -> list[dict[str, Any]]:
     rows = []
     for pairs in result.pairs:
         differences = result.differences[pairs.mode, pairs.num_tokens]
@@ -132,7 +132,8 @@ def rows_of(result: Comparison) -> list[dict[str, Any]]:
             }
             limit = peer_targets.ratio_min(result.name, pairs.mode, direction, pairs.num_tokens)
             if limit is not None:
-                row["target"] = {"ratio_min": limit, "met": row["ratio"] >= limit}
+                most = peer / workload.roofline_seconds(shape, pairs.num_tokens, peaks)
+                row["target"] = {"ratio_min": limit, "met": row["ratio"] >= limit, "ratio_of_roofline": most}
             rows.append(row)
     return rows
 
@@ -144,9 +145,13 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"  {peer['name']:<18} {peer['what']}; {peer['unavailable'] or versions}")
     environment = " ".join(f"{name}={value}" for name, value in report["environment"].items())
     lines += [f"  peers run with {environment}; ours with OMP_NUM_THREADS=1", ""]
-    lines += ["best ms of each; ratio: median of peer / ours in the same round; rel-L2: the worst of all results", ""]
+    lines += [
+        "best ms of each; ratio: median of peer / ours in the same round; roofline: what the ratio would be if ours took",
+        "no longer than its FLOPs at the kernels' peak or its weights at DRAM bandwidth; rel-L2: the worst of all results",
+        "",
+    ]
     lines.append(
-        f"{'peer':<18}{'':<7}{'':<9}{'tokens':>6} {'peer ms':>9} {'ours ms':>9} {'ratio':>7}  {'target':<14}"
+        f"{'peer':<18}{'':<7}{'':<9}{'tokens':>6} {'peer ms':>9} {'ours ms':>9} {'ratio':>7}  {'target':<28}"
         f"{'pairs':>5} {'rel-L2':>8}"
     )
     for row in report["rows"]:
@@ -157,10 +162,12 @@ def table(report: dict[str, Any]) -> str:
 def row_line(row: dict[str, Any], targets_apply: bool) -> str:
     target = ""
     if targets_apply and "target" in row:
-        target = f"{row['target']['ratio_min']:.2f} {'met' if row['target']['met'] else 'missed'}"
+        found = row["target"]
+        target = f"{found['ratio_min']:.2f} "
+        target += "met" if found["met"] else f"missed; roofline {found['ratio_of_roofline']:.2f}"
     line = (
         f"{row['peer']:<18}{row['mode']:<7}{row['direction']:<9}{row['tokens']:>6} {row['seconds'] * 1e3:>9.2f} "
-        f"{row['seconds_ours'] * 1e3:>9.2f} {row['ratio']:>7.2f}  {target:<14}{row['pairs']:>5} "
+        f"{row['seconds_ours'] * 1e3:>9.2f} {row['ratio']:>7.2f}  {target:<28}{row['pairs']:>5} "
         f"{max(row['relative_l2'].values()):>8.1e}"
     )
     if row["pairs_discarded"]:
@@ -173,23 +180,21 @@ def row_line(row: dict[str, Any], targets_apply: bool) -> str:
     return line
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def parse() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=numbers, metavar="T,T,…", help="numbers of tokens (default: 1,32,512,2048)")
+    parser = program.make_parser(__doc__, default_samples=5)
     parser.add_argument(
-        "--peers", type=lambda text: text.split(","), default=list(peers.NAMES), help=",".join(peers.NAMES)
+        "--tokens",
+        type=lambda text: [int(number) for number in text.split(",")],
+        metavar="T,T,…",
+        help="numbers of tokens (default: 1,32,512,2048)",
     )
-    parser.add_argument("--samples", type=int, default=5, help="clean pairs wanted of each row (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; -: to stdout, without the table")
-    parser.add_argument("--work", type=Path, help="folder for the checkpoint, 2.4 GB (default: a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="a small layer: shows that everything runs, not how fast")
+    parser.add_argument(
+        "--peers",
+        type=lambda text: text.split(","),
+        default=list(peers.NAMES),
+        metavar="NAME,…",
+        help=f"some of {','.join(peers.NAMES)} (default: all)",
+    )
     arguments = parser.parse_args()
     arguments.tokens = arguments.tokens or ([1, 16] if arguments.quick else [1, 32, 512, 2048])
     unknown = sorted(set(arguments.peers) - set(peers.NAMES))
@@ -199,22 +204,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    arguments = parse()
-    try:
-        with tempfile.TemporaryDirectory(prefix="kt-peers-", dir=arguments.work) as work:
-            report = Bench(arguments, Path(work)).run()
-    except machine.BenchError as error:
-        say(str(error))
-        return 1
-    if arguments.json != "-":
-        print(table(report))
-    if arguments.json:
-        text = json.dumps(report, indent=2) + "\n"
-        if arguments.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(arguments.json).write_text(text, encoding="utf-8")
-    return 0 if all(row["agrees"] for row in report["rows"]) else 1
+    report = program.run(parse(), lambda arguments, work: Bench(arguments, work).run(), table)
+    return 0 if report and all(row["agrees"] for row in report["rows"]) else 1
 
 
 if __name__ == "__main__":

@@ -10,18 +10,17 @@ stages of that row: bytes beyond L2, and seconds where the bench has them.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import daemon_rows
 import machine
+import program
 import targets
 import variants
 import workload
+from program import say
 from targets import Verdict
 
 TOKENS = (1, 32, 512, 2048)
@@ -34,44 +33,38 @@ def layer_options(shape: workload.Shape) -> list[Any]:
     ]
 
 
-def run_variants(shape: workload.Shape, workers: int, num_samples: int) -> tuple[variants.Rounds, list[Verdict]]:
+def run_variants(shape: workload.Shape, workers: int, num_samples: int) -> variants.Rounds:
     compute_bound = (512, targets.COMPUTE_BOUND)
     found = [
-        variants.Variant(variants.BASE, TOKENS, ("--threads", str(workers))),
-        variants.Variant("int8", (1, 32, 2048), ("--weight-format", "int8")),
+        variants.Variant(variants.BASE, TOKENS),
+        variants.Variant("int8", (1, 32, targets.COMPUTE_BOUND), ("--weight-format", "int8")),
         variants.Variant("int4", (1, 32), ("--weight-format", "int4")),
         variants.Variant("Zipf 1.0", compute_bound, ("--skew", "1.0")),
+        *(variants.Variant(f"workers: {n}", (targets.COMPUTE_BOUND,), ("--threads", str(n))) for n in (1, 2)),
     ]
-    if workers >= 2:
-        found.append(variants.Variant("one worker", (targets.COMPUTE_BOUND,), ("--threads", "1")))
-    if workers > 2:
-        found.append(variants.Variant("two workers", (targets.COMPUTE_BOUND,), ("--threads", "2")))
-    rounds = variants.Rounds(found, layer_options(shape))
+    rounds = variants.Rounds(found if workers > 1 else found[:-2], layer_options(shape))
     rounds.run(num_samples, say)
-    return rounds, variant_verdicts(rounds, workers)
+    return rounds
 
 
-def variant_verdicts(rounds: variants.Rounds, workers: int) -> list[Verdict]:
+def variant_verdicts(rounds: variants.Rounds) -> list[Verdict]:
     verdicts = []
 
-    def add(name: str, variant: str, direction: str, tokens: int, limit: float, of: str, **options: Any) -> None:
-        over_base, disturbed = rounds.over_base(variant, (direction, tokens))
-        measured = 1 / over_base if options.get("at_least", True) and variant != "one worker" else over_base
-        row = next(r for r in rounds.best(variant) if (r["name"], r["tokens"]) == (direction, tokens))
-        profile = targets.stages_of(row)
-        verdicts.append(
-            Verdict(name, tokens, measured, limit, of, disturbed=disturbed, profile=profile, **options)
-        )
+    def add(name: str, slow: str, fast: str, of: str, tokens: int, limit: float, at_least: bool = True) -> None:
+        """Time of `slow` / time of `fast`; the stages are those of the one that is not the base."""
+        for direction in ("forward", "backward"):
+            ratio, disturbed = rounds.ratio(slow, fast, (direction, tokens))
+            row = rounds.best(slow if fast == variants.BASE else fast)[direction, tokens]
+            verdict = Verdict(f"{direction}, {name}", tokens, ratio, limit, of, at_least, disturbed=disturbed)
+            verdict.profile = targets.profile_of(row)
+            verdicts.append(verdict)
 
-    for direction in ("forward", "backward"):
-        for weight_format, tokens, limit in targets.FORMATS:
-            add(f"{direction}, {weight_format}", weight_format, direction, tokens, limit, "bf16's speed")
-        for tokens in (512, targets.COMPUTE_BOUND):
-            name = f"{direction}, Zipf 1.0"
-            add(name, "Zipf 1.0", direction, tokens, targets.SKEW_MAX, "uniform's time", at_least=False)
-        if workers == 2:
-            name = f"{direction}, 2 workers"
-            add(name, "one worker", direction, targets.COMPUTE_BOUND, targets.TWO_WORKERS_MIN, "1 worker's speed")
+    for name, tokens, limit in targets.FORMATS:
+        add(name, variants.BASE, name, "bf16's speed", tokens, limit)
+    for tokens in (512, targets.COMPUTE_BOUND):
+        add("Zipf 1.0", "Zipf 1.0", variants.BASE, "uniform routing's time", tokens, targets.SKEW_MAX, at_least=False)
+    if "workers: 2" in rounds.names:
+        add("2 workers", "workers: 1", "workers: 2", "1 worker's speed", targets.COMPUTE_BOUND, targets.TWO_WORKERS_MIN)
     return verdicts
 
 
@@ -81,7 +74,7 @@ def through_daemon(
     """rows: of the bench without a daemon, for the bytes."""
     bytes_of = {(row["name"], row["tokens"]): row["bytes"] for row in rows if row["tokens"] in targets.DAEMON_SHARES}
     found = daemon_rows.measure(work, shape, bytes_of, num_samples, say)
-    profiles = {(row["name"], row["tokens"]): targets.stages_of(row) for row in rows}
+    profiles = {(row["name"], row["tokens"]): targets.profile_of(row) for row in rows}
     verdicts = []
     for row, key in zip(found, bytes_of, strict=True):
         if row["name"].startswith("forward"):
@@ -102,13 +95,13 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     verdicts = targets.layer_verdicts(base["rows"], 8)
     say("LoRA r=64")
     wide = machine.run_bench("layer", *sizes, "--rank", 64, "--tokens", "512,2048", "--samples", samples)
-    for row in wide["rows"]:
-        if row["name"].endswith("lora"):
-            verdicts += targets.lora_verdicts(row, 64, targets.LORA_64_ADDS)
-    rounds, more = run_variants(shape, base["worker_threads"], samples)
-    rows, last = through_daemon(work, shape, base["rows"], samples)
+    verdicts += targets.lora_verdicts(wide["rows"], 64, targets.LORA_64_ADDS)
+    rounds = run_variants(shape, base["worker_threads"], samples)
+    verdicts += variant_verdicts(rounds)
+    rows, more = through_daemon(work, shape, base["rows"], samples)
+    verdicts += more
     named = [("", base["rows"]), (" r=64", [row for row in wide["rows"] if row["name"].endswith("lora")])]
-    named += [(f" {name}", rounds.best(name)) for name in rounds.names if name != variants.BASE]
+    named += [(f", {name}", list(rounds.best(name).values())) for name in rounds.names if name != variants.BASE]
     return {
         "schema": 1,
         "machine": base["machine"],
@@ -118,7 +111,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "binary": machine.coproc_binary(),
         "layer": base["layer"],
         "rows": [{**row, "name": row["name"] + suffix} for suffix, group in named for row in group] + rows,
-        "targets": [verdict.as_json() for verdict in verdicts + more + last],
+        "targets": [verdict.as_json() for verdict in verdicts],
         "targets_apply": not arguments.quick,
     }
 
@@ -138,7 +131,7 @@ def table(report: dict[str, Any]) -> str:
     lines += ["", f"{len(report['targets']) - len(missed)} of {len(report['targets'])} met"]
     for target in missed:
         lines += ["", f"missed: {target['name']}, {target['tokens']} tokens: {number(target, 'measured').strip()}"]
-        lines += stage_lines(target["profile"])
+        lines += profile_lines(target["profile"], peaks)
     if not report["targets_apply"]:
         lines += ["", "--quick: a small layer, for which nothing is aimed at"]
     return "\n".join(lines)
@@ -146,61 +139,43 @@ def table(report: dict[str, Any]) -> str:
 
 def number(target: dict[str, Any], key: str) -> str:
     value = target[key]
-    if math.isnan(value):
-        return f"{'unknown':>9}"
     if target["of"] == "bytes":
         return f"{value * 1e-3:>6.1f} KB"
     return f"{value * 100:>7.1f} %" if target["of"] in ("dram", "peak") else f"{value:>8.2f}x"
 
 
 def target_line(target: dict[str, Any]) -> str:
-    of = {"dram": "DRAM bandwidth", "peak": "bf16 peak", "bytes": "activations beyond L2"}.get(target["of"], target["of"])
+    of = {"dram": "DRAM bandwidth", "peak": "bf16 peak", "bytes": "activations beyond L2"}.get(
+        target["of"], target["of"]
+    )
     bound = "≥" if target["at_least"] else "≤"
     line = f"{target['name']:<36}{target['tokens']:>6} {number(target, 'measured')} {bound}{number(target, 'limit')}  {of:<22}"
     line += "met" if target["met"] else "missed"
     if target["stretch"] is not None:
-        reached = "met" if target["measured"] >= target["stretch"] else "missed"
+        reached = "met" if target["stretch_met"] else "missed"
         line += f"; stretch {target['stretch'] * 100:.0f} % {reached}"
     return line + ("  (disturbed by other processes)" if target["disturbed"] else "")
 
 
-def stage_lines(stages: list[dict[str, Any]]) -> list[str]:
-    """Bytes in MB, and seconds where there are any."""
-    lines = [f"  {'stage':<20}{'weights MB':>11}{'activations MB':>16}{'LoRA MB':>9}{'ms':>9}"]
-    for stage in stages:
-        line = f"  {stage['name']:<20}"
-        for key, width in (("weight_bytes", 11), ("activation_bytes", 16), ("lora_bytes", 9)):
-            line += f"{stage[key] * 1e-6:>{width}.1f}" if key in stage else " " * width
-        lines.append(line + (f"{stage['seconds'] * 1e3:>9.2f}" if "seconds" in stage else ""))
+def profile_lines(profile: dict[str, Any], peaks: dict[str, float]) -> list[str]:
+    """Why: the row's two bounds, and what each stage moves beyond L2 and takes, as far as the bench knows."""
+    bandwidth = peaks["dram_bytes_per_second"]
+    lines = [
+        f"  best {profile['seconds'] * 1e3:.2f} ms; its FLOPs take {profile['flops'] / peaks['bf16_flops'] * 1e3:.2f} ms "
+        f"at the best peak of the run, its bytes {profile['bytes'] / bandwidth * 1e3:.2f} ms at the best bandwidth",
+        f"  {'stage':<18}{'weights MB':>11}{'activations MB':>16}{'LoRA MB':>9}{'their ms':>10}{'took ms':>9}",
+    ]
+    for stage in profile["stages"]:
+        moved = [stage.get(key, 0) for key in ("weight_bytes", "activation_bytes", "lora_bytes")]
+        line = f"  {stage['name']:<18}{moved[0] * 1e-6:>11.2f}{moved[1] * 1e-6:>16.2f}{moved[2] * 1e-6:>9.2f}"
+        line += f"{sum(moved) / bandwidth * 1e3:>10.2f}"
+        lines.append(line + (f"{stage['seconds'] * 1e3:>9.2f}" if "seconds" in stage else f"{'-':>9}"))
     return lines
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=5, help="clean samples wanted of each row (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="also write the result as JSON; -: to stdout, without the table")
-    parser.add_argument("--work", type=Path, help="folder for a checkpoint, 2.4 GB (default: a temporary one)")
-    parser.add_argument("--quick", action="store_true", help="a small layer: shows that everything runs, not how fast")
-    arguments = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="kt-targets-", dir=arguments.work) as work:
-            report = measure(arguments, Path(work))
-    except machine.BenchError as error:
-        say(str(error))
-        return 1
-    if arguments.json != "-":
-        print(table(report))
-    if arguments.json:
-        text = json.dumps(report, indent=2) + "\n"
-        if arguments.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(arguments.json).write_text(text, encoding="utf-8")
-    return 0
+    arguments = program.make_parser(__doc__, default_samples=5).parse_args()
+    return 0 if program.run(arguments, measure, table) else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ SHARES = [  # tokens, direction, of, at least, stretch
     (512, "backward", "peak", 0.60, 0.68),
     (2048, "backward", "peak", 0.78, 0.82),
 ]
-LORA_ADDS = {"forward": 1.04, "backward": 1.08}  # At 512 tokens and more.
+MANY_TOKENS = 512  # From here on:
+LORA_ADDS = {"forward": 1.04, "backward": 1.08}
 LORA_64_ADDS = {"backward": 1.30}
 DAEMON_SHARES = {1: 0.80, 32: 0.88}  # Of DRAM bandwidth, forward.
 FORMATS = [("int8", 1, 1.8), ("int8", 32, 1.8), ("int8", 2048, 0.93), ("int4", 1, 3.0), ("int4", 32, 2.3)]
@@ -37,15 +38,20 @@ class Verdict:
     at_least: bool = True
     stretch: float | None = None
     disturbed: bool = False  # Nothing undisturbed could be measured.
-    profile: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # Stages of the row that was measured.
+    profile: dict[str, Any] = dataclasses.field(default_factory=dict)  # profile_of the row that was measured.
 
     @property
     def met(self) -> bool:
-        return self.measured >= self.limit if self.at_least else self.measured <= self.limit
+        return self._is_within(self.limit)
+
+    def _is_within(self, limit: float) -> bool:
+        return self.measured >= limit if self.at_least else self.measured <= limit
 
     def as_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
         found["met"] = self.met
+        if self.stretch is not None:
+            found["stretch_met"] = self._is_within(self.stretch)
         if self.met:
             del found["profile"]
         return found
@@ -58,37 +64,38 @@ def layer_verdicts(rows: list[dict[str, Any]], rank: int) -> list[Verdict]:
     for tokens, direction, of, at_least, stretch in SHARES:
         for name in (direction, direction + " lora"):
             row = by_key[name, tokens]
-            verdicts.append(
-                Verdict(name, tokens, row[f"ratio_of_{of}"], at_least, of, stretch=stretch, **_from(row))
-            )
+            verdict = Verdict(name, tokens, row[f"ratio_of_{of}"], at_least, of, stretch=stretch)
+            verdict.disturbed, verdict.profile = row["disturbed"], profile_of(row)
+            verdicts.append(verdict)
+    verdicts += lora_verdicts(rows, rank, LORA_ADDS)
     for (name, tokens), row in by_key.items():
-        if name.endswith("lora") and tokens >= 512:
-            verdicts += lora_verdicts(row, rank, LORA_ADDS)
-        if tokens >= 512:
+        if tokens >= MANY_TOKENS:
             measured, limit = row["activation_bytes_per_route"], BYTES_PER_ROUTE[name.split()[0]]
-            verdicts.append(
-                Verdict(f"{name}, bytes per route", tokens, measured, limit, "bytes", at_least=False, **_from(row))
-            )
+            verdict = Verdict(f"{name}, bytes per route", tokens, measured, limit, "bytes", at_least=False)
+            verdict.profile = profile_of(row)
+            verdicts.append(verdict)
     return verdicts
 
 
-def lora_verdicts(row: dict[str, Any], rank: int, limits: dict[str, float]) -> list[Verdict]:
-    """What LoRA adds to the frozen layer; nothing where no limit is set for the row's direction."""
-    direction = row["name"].split()[0]
-    if direction not in limits:
-        return []
-    name = f"{direction}, LoRA r={rank}"
-    # Without a clean sample of both in one round there is no ratio.
-    measured = row.get("ratio_to_frozen", float("nan"))
-    verdict = Verdict(name, row["tokens"], measured, limits[direction], "frozen", at_least=False, **_from(row))
-    verdict.disturbed |= "ratio_to_frozen" not in row
-    return [verdict]
+def lora_verdicts(rows: list[dict[str, Any]], rank: int, limits: dict[str, float]) -> list[Verdict]:
+    """What LoRA adds to the frozen layer, in the directions that have a limit."""
+    verdicts = []
+    by_key = {(row["name"], row["tokens"]): row for row in rows}
+    for (name, tokens), row in by_key.items():
+        direction, _, has_lora = name.partition(" ")
+        if tokens < MANY_TOKENS or not has_lora or direction not in limits:
+            continue
+        # Without a clean sample of both in one round the bench knows no ratio.
+        measured = row.get("ratio_to_frozen") or row["seconds"] / by_key[direction, tokens]["seconds"]
+        of = "the frozen layer's time"
+        verdict = Verdict(f"{direction}, LoRA r={rank}", tokens, measured, limits[direction], of, at_least=False)
+        verdict.disturbed = "ratio_to_frozen" not in row
+        verdict.profile = profile_of(row)
+        verdicts.append(verdict)
+    return verdicts
 
 
-def _from(row: dict[str, Any]) -> dict[str, Any]:
-    return {"disturbed": row["disturbed"], "profile": stages_of(row)}
-
-
-def stages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages of a bench row: their bytes, and their seconds where the bench measures them."""
-    return list(row.get("stages") or row["traffic"])
+def profile_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a bench row: what bounds it, and its stages with their bytes, and their seconds where the bench has them."""
+    kept = ("seconds", "roofline_seconds", "flops", "bytes")
+    return {**{key: row[key] for key in kept}, "stages": list(row.get("stages") or row["traffic"])}

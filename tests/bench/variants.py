@@ -38,11 +38,7 @@ class Rounds:
     def run(self, num_samples: int, say: Callable[[str], None]) -> None:
         """Until every row has num_samples clean pairs, or for three times as many rounds."""
         for number in range(num_samples * ROUNDS_PER_SAMPLE):
-            if number >= num_samples and all(
-                len(self._pairs(variant.name, key, clean=True)) >= num_samples
-                for variant in self._variants
-                for key in self._rounds[0][variant.name]
-            ):
+            if number >= num_samples and self._num_clean() >= num_samples:
                 break
             say(f"round {number + 1}: {', '.join(variant.name for variant in self._variants)}")
             self._rounds.append({variant.name: self._measure(variant) for variant in self._variants})
@@ -56,16 +52,23 @@ class Rounds:
         )
         return {(row["name"], row["tokens"]): row for row in report["rows"]}
 
-    def _pairs(self, name: str, key: tuple[str, int], clean: bool) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        pairs = [(one[BASE][key], one[name][key]) for one in self._rounds if key in one[BASE]]
-        return [pair for pair in pairs if not clean or not (pair[0]["disturbed"] or pair[1]["disturbed"])]
+    @property
+    def names(self) -> list[str]:
+        return [variant.name for variant in self._variants]
 
-    def over_base(self, name: str, key: tuple[str, int]) -> tuple[float, bool]:
-        """Median of the variant's seconds / the base's; whether only disturbed pairs were there."""
-        clean = self._pairs(name, key, clean=True)
-        pairs = clean or self._pairs(name, key, clean=False)
-        return statistics.median(variant["seconds"] / base["seconds"] for base, variant in pairs), not clean
+    def _num_clean(self) -> int:
+        """Rounds in which nothing was disturbed."""
+        return sum(not any(row["disturbed"] for rows in one.values() for row in rows.values()) for one in self._rounds)
 
-    def best(self, name: str) -> list[dict[str, Any]]:
-        """The fastest row of each number of tokens and direction."""
-        return [min((one[name][key] for one in self._rounds), key=lambda row: row["seconds"]) for key in self._rounds[0][name]]
+    def ratio(self, numerator: str, denominator: str, key: tuple[str, int]) -> tuple[float, bool]:
+        """Median of one variant's seconds / another's in the same round; whether only disturbed pairs were there."""
+        pairs = [(one[numerator][key], one[denominator][key]) for one in self._rounds]
+        clean = [pair for pair in pairs if not (pair[0]["disturbed"] or pair[1]["disturbed"])]
+        return statistics.median(a["seconds"] / b["seconds"] for a, b in clean or pairs), not clean
+
+    def best(self, name: str) -> dict[tuple[str, int], dict[str, Any]]:
+        """The fastest row of each direction and number of tokens."""
+        return {
+            key: min((one[name][key] for one in self._rounds), key=lambda row: row["seconds"])
+            for key in self._rounds[0][name]
+        }

@@ -96,3 +96,15 @@ def lora_weights(shape: Shape, layer: int) -> dict[str, torch.Tensor]:
         "down_a": _normal(generator, experts, rank, shape.intermediate, scale=0.02),
         "down_b": _normal(generator, experts, shape.hidden, rank, scale=0.02),
     }
+
+
+def roofline_seconds(shape: Shape, num_tokens: int, peaks: dict[str, float]) -> float:
+    """No engine on this machine takes less for a direction: FLOPs without LoRA's, and each routed expert's weights once.
+
+    peaks: bf16_flops and dram_bytes_per_second, as `kt-coproc bench peaks --json` has them.
+    """
+    routes = num_tokens * shape.top_k
+    matrices = 3 * shape.hidden * shape.intermediate
+    flops = 2 * matrices * routes
+    weight_bytes = 2 * matrices * min(shape.experts, routes)
+    return max(flops / peaks["bf16_flops"], weight_bytes / peaks["dram_bytes_per_second"])
