@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string_view>
 
 #include "coproc/experts/dims.h"
@@ -47,6 +48,9 @@ class ExpertWeights {
   // Packs or quantises one expert from row-major elements: gate, up [I, H], down [H, I]. Thread-safe for different
   // experts.
   void set_expert(std::uint32_t moe_index, std::uint32_t expert, const void* gate, const void* up, const void* down);
+
+  // One expert as it is kept, in one piece: what files keep of it.
+  std::span<std::byte> expert_data(std::uint32_t moe_index, std::uint32_t expert);
 
   // [2I, H], gate and up panels interleaved.
   WeightMatrix gate_up(std::uint32_t moe_index, std::uint32_t expert) const;
