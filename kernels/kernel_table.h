@@ -17,15 +17,16 @@
 // So a panel of K columns takes 32·K·bits/8 + 128·⌈K/group⌉ bytes, and the pad.
 //
 // A weight is the bf16 nearest to integer · scale, in both directions: dequantise writes such panels, which gemm and
-// transpose_panel take like any other. The weight of a group that is the largest by magnitude becomes -128 or -8, the
+// transpose_panels take like any other. The weight of a group that is the largest by magnitude becomes -128 or -8, the
 // others the nearest integer up to 127 or 7, so scales may be negative. They are cut to 17 significant bits of which
 // the last is 1: a product with an integer is then exact in fp32 and never half-way between two bf16, so that every way
 // of rounding to nearest gives the same bits. A group with a weight that is not finite has NaN as its scale; one whose
 // weights are all below 2^-100 is zero.
 //
 // One reduction order per table: an element of C is reduced over k ascending, in the same order for every m, every
-// number of panels and every position in them. Backward makes a panel of Wᵀ in scratch (transpose_panel) and calls
-// the same gemm. "element" is bf16 (std::uint16_t bits) or float, by element_bytes; all accumulation is fp32.
+// number of panels and every position in them, also when k comes in several calls of which all but the first
+// accumulate. Backward makes panels of Wᵀ in scratch (transpose_panels) and calls the same gemm. "element" is bf16
+// (std::uint16_t bits) or float, by element_bytes; all accumulation is fp32.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -48,8 +49,21 @@ struct Panels {
   const std::byte* data = nullptr;
   std::int64_t stride = 0;
   std::int64_t num_panels = 0;  // N / 32
-  std::int64_t k = 0;           // a multiple of 32
+  std::int64_t k = 0;           // a multiple of 32; gemm takes multiples of KernelTable::k_multiple
 };
+
+// Memory that the caller reads next: `count` blocks of block_bytes (a multiple of 64), the first at `data`, `stride`
+// bytes apart. A kernel brings them towards L2 while it computes, a little at a time. What comes next after a pair of
+// panels is the next pair ({data, k·64, stride, 2} in bf16); after a column of blocks, the column beside or below it.
+struct Fetch {
+  const std::byte* data = nullptr;
+  std::int64_t block_bytes = 0;
+  std::int64_t stride = 0;
+  std::int64_t count = 0;
+};
+
+// Changes whenever the bytes that quantise writes do: a cache of quantised panels on disk carries it.
+inline constexpr std::uint32_t kQuantLayoutVersion = 1;
 
 inline constexpr std::int64_t kQuantGroupMax = 128;
 inline constexpr std::uint32_t kQuantLayoutVersion = 1;  // Of quantised panels, in files that keep them.
@@ -67,6 +81,12 @@ struct QuantPanels {
   std::int64_t k = 0;
   QuantFormat format;
 };
+
+inline constexpr std::int64_t kQuantScaleBytes = kPanelRows * static_cast<std::int64_t>(sizeof(float));
+// Of a whole group of a quantised panel: scales and integers.
+constexpr std::int64_t quant_group_bytes(QuantFormat format) {
+  return kQuantScaleBytes + format.group * kPanelRows * format.bits / 8;
+}
 
 // Bytes from one quantised panel to the next.
 constexpr std::int64_t quant_panel_stride_bytes(std::int64_t k, QuantFormat format) {
@@ -93,6 +113,10 @@ struct KernelTable {
   std::string_view name;   // "amx", "avx512", "avx2", "scalar": also the value of --kernels.
   std::uint32_t required;  // CpuFeature bits this table needs.
   std::int64_t element_bytes;
+  std::int64_t
+      k_multiple;  // What the k of gemm's panels is a multiple of: 16 where LoRA's depth may be so narrow, or 32.
+  std::int64_t l2_bytes;            // L2 of a core of the smallest CPU that runs this table.
+  std::int64_t quantised_rows_max;  // Up to so many rows quantised_gemm is faster than dequantise and gemm; 0: never.
 
   // Packs rows[n, k] (elements, leading dimension ld) into panels of k_padded columns; rows from n to 32·num_panels
   // and columns from k are zero. panels: writable data, stride bytes apart.
@@ -108,12 +132,20 @@ struct KernelTable {
   void (*dequantise)(const QuantPanels& w, std::int64_t k_begin, std::int64_t k_count, void* out,
                      std::int64_t out_stride);
 
-  // Panel q of Wᵀ: its 32 rows are columns 32q…32q+31 of w, its k is 32·w.num_panels. Writes panel bytes without pad.
-  void (*transpose_panel)(const Panels& w, std::int64_t q, void* out);
+  // Panels q … q + count - 1 of Wᵀ, out_stride bytes apart and without pad: the 32 rows of panel q are columns 32q …
+  // 32q + 31 of w, its k is 32·w.num_panels. `next` is fetched on the way.
+  void (*transpose_panels)(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
+                           const Fetch& next);
 
-  // C[m, 32·panels.num_panels] f32 (ldc) = or += A[m, k] elements (lda) · Wᵀ. m ≥ 0.
+  // C[m, 32·panels.num_panels] f32 (ldc) = or += A[m, k] elements (lda) · Wᵀ. m ≥ 0. While it multiplies its last
+  // panels it fetches `next`, before that its own next panels.
   void (*gemm)(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
-               bool accumulate);
+               bool accumulate, const Fetch& next);
+
+  // C = A · Wᵀ straight from the integers, for few rows: the same bits as dequantise, then gemm. Null in tables of fp32
+  // elements.
+  void (*quantised_gemm)(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c,
+                         std::int64_t ldc, const Fetch& next);
 
   // out[m, n] elements (ldo) = round(scale · in[m, n] f32 (ldi)).
   void (*round_rows)(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t n, float scale, void* out,
@@ -128,12 +160,14 @@ struct KernelTable {
   void (*swiglu)(const float* gate_up, std::int64_t ld, std::int64_t m, std::int64_t i, void* saved,
                  std::int64_t ld_saved, void* z, std::int64_t ldz);
 
-  // From saved[m, 2·i] (elements, interleaved), p[m, i] f32 = ∂y/∂z before weighting, weight[m]:
-  //   grad_weight[m] = Σ_i p·z (fp32, in a fixed order), z[m, i] = round(silu(G)·U) unless null,
-  //   grad_gate_up[m, 2·i] = round(dG), round(dU) interleaved, of dZ = weight·p (DESIGN §6).
-  void (*swiglu_backward)(const void* saved, std::int64_t ld_saved, const float* p, std::int64_t ldp,
-                          const float* weight, std::int64_t m, std::int64_t i, float* grad_weight, void* z,
-                          std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
+  // From rows saved_row[m] (null: 0, 1, …) of saved[…, 2·i] (elements, interleaved), p[m, i] f32 = ∂y/∂z before
+  // weighting, weight[m]:
+  //   grad_weight[i/32, m] (ldw) = Σ p·z over each 32 columns (fp32, in a fixed order; the caller adds them up),
+  //   z[m, i] = round(silu(G)·U) unless null,
+  //   grad_gate_up[m, 2·i] = round(dG), round(dU) interleaved, of dZ = weight·p (DESIGN §6); may be `saved` itself.
+  void (*swiglu_backward)(const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
+                          std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
+                          std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
 
   // grad[r, n] f32 (ldg) += scale · Σ_m left[m, r]·row_scale[m]·right[m, n]; left f32 (ldl), right elements (ldr),
   // row_scale null = 1. transposed: grad is [n, r]. Summed over m ascending in fp32, then added once.
@@ -141,10 +175,10 @@ struct KernelTable {
                      std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad, std::int64_t ldg,
                      bool transposed);
 
-  // y[t, 0…n) = round(Σ_j weight[t,j] · rows[route_row[t,j]]) over j ascending in fp32; route_row -1 adds nothing;
-  // weight null = 1. rows elements (ld), y elements (ldy).
+  // sum[t, 0…n) f32 (lds) = Σ_j weight[t,j] · rows[route_row[t,j]] over j ascending; route_row -1 adds nothing; weight
+  // null = 1. rows elements (ld).
   void (*sum_routes)(const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight,
-                     std::int64_t t, std::int64_t k, std::int64_t n, void* y, std::int64_t ldy);
+                     std::int64_t t, std::int64_t k, std::int64_t n, float* sum, std::int64_t lds);
 
   // One AdamW step over n parameters: p, m, v f32 in place, s f32 the summed gradient.
   void (*adamw)(float* p, float* m, float* v, const float* s, std::int64_t n, const AdamwArgs& args);

@@ -78,7 +78,8 @@ double PeakProbe::multiply_seconds(std::int64_t num_products) {
   const auto begin = Clock::now();
   pool_.run(num_products, [&](std::int64_t, int worker) {
     Product& product = products_[static_cast<std::size_t>(worker)];
-    table_.gemm(product.a.data(), kLda, kM, {product.w.data(), stride, kNumPanels, kK}, product.c.data(), kN, false);
+    table_.gemm(product.a.data(), kLda, kM, {product.w.data(), stride, kNumPanels, kK}, product.c.data(), kN, false,
+                {});
   });
   return seconds_since(begin);
 }

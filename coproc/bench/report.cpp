@@ -27,11 +27,25 @@ double bytes_per_route(const LayerRow& row, std::int64_t bytes) {
   return row.traffic.num_routes == 0 ? 0 : static_cast<double>(bytes) / static_cast<double>(row.traffic.num_routes);
 }
 
-json stage_json(const Traffic::Stage& stage) {
-  return {{"name", stage.name},
-          {"weight_bytes", stage.weight_bytes},
-          {"activation_bytes", stage.activation_bytes},
-          {"lora_bytes", stage.lora_bytes}};
+// Calls visit(name, stage) for the stages that ran.
+template <class Visit>
+void for_each_stage(const Traffic& traffic, const Visit& visit) {
+  for (std::size_t n = 0; n < kNumStages; ++n) {
+    const Traffic::Stage& stage = traffic.stages[n];
+    if (stage.bytes() > 0) visit(stage_name(static_cast<StageId>(n)), stage);
+  }
+}
+
+json stages_json(const Traffic& traffic) {
+  json out = json::array();
+  for_each_stage(traffic, [&](std::string_view name, const Traffic::Stage& stage) {
+    out.push_back({{"name", name},
+                   {"weight_bytes", stage.weight_bytes},
+                   {"activation_bytes", stage.activation_bytes},
+                   {"lora_bytes", stage.lora_bytes},
+                   {"worker_seconds", stage.seconds}});
+  });
+  return out;
 }
 
 json row_json(const BenchMachine& machine, const LayerReport& report, const LayerRow& row,
@@ -56,8 +70,8 @@ json row_json(const BenchMachine& machine, const LayerReport& report, const Laye
               {"samples", row.num_samples},
               {"samples_discarded", row.num_discarded},
               {"disturbed", row.is_disturbed},
-              {"traffic", json::array()}};
-  for (const Traffic::Stage& stage : row.traffic.stages) out["traffic"].push_back(stage_json(stage));
+              {"barriers", row.traffic.num_barriers},
+              {"stages", stages_json(row.traffic)}};
   if (row.over_frozen > 0) out["ratio_to_frozen"] = row.over_frozen;
   if (declared.has_value()) out["predicted_seconds"] = row.roofline_seconds(*declared);
   return out;
@@ -81,16 +95,20 @@ std::string row_line(const LayerReport& report, const LayerRow& row, const std::
 // The account by stage, of forward and backward with the most tokens.
 std::string traffic_lines(const LayerRow& row) {
   const Traffic::Stage total = row.traffic.total();
-  std::string text =
-      fmt::format("\n{}, {} tokens, {} routes: bytes beyond L2\n{:<16} {:>12} {:>20} {:>10}\n", name_of(row),
-                  row.num_tokens, row.traffic.num_routes, "stage", "weights", "activations/route", "LoRA");
-  const auto line = [&](const Traffic::Stage& stage) {
-    text += fmt::format(
-        "{:<16} {:>12} {:>20.0f} {:>10}\n", stage.name, bytes_text(static_cast<std::uint64_t>(stage.weight_bytes)),
-        bytes_per_route(row, stage.activation_bytes), bytes_text(static_cast<std::uint64_t>(stage.lora_bytes)));
+  std::string text = fmt::format(
+      "\n{}, {} tokens, {} routes, {} barriers: bytes beyond L2, and time of the last call\n"
+      "{:<16} {:>12} {:>20} {:>10} {:>10} {:>7}\n",
+      name_of(row), row.num_tokens, row.traffic.num_routes, row.traffic.num_barriers, "stage", "weights",
+      "activations/route", "LoRA", "worker ms", "share");
+  const auto line = [&](std::string_view name, const Traffic::Stage& stage) {
+    text += fmt::format("{:<16} {:>12} {:>20.0f} {:>10} {:>10.2f} {:>5.1f} %\n", name,
+                        bytes_text(static_cast<std::uint64_t>(stage.weight_bytes)),
+                        bytes_per_route(row, stage.activation_bytes),
+                        bytes_text(static_cast<std::uint64_t>(stage.lora_bytes)), stage.seconds * 1e3,
+                        100 * stage.seconds / total.seconds);
   };
-  for (const Traffic::Stage& stage : row.traffic.stages) line(stage);
-  line(total);
+  for_each_stage(row.traffic, line);
+  line("total", total);
   return text;
 }
 

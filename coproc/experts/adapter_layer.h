@@ -20,6 +20,13 @@
 
 namespace kt::coproc {
 
+// The rank of one half of LoRA's matrices: `width` columns as packed, a multiple of 32, of which gemm needs the first
+// `depth`; the others are zero.
+struct LoraRank {
+  std::int64_t width = 0;  // 0: not adapted.
+  std::int64_t depth = 0;
+};
+
 struct Adapter::Layer {
   // f32 [num_experts, rows, cols] each; rows = 0: the tensor does not exist.
   struct Tensor {
@@ -63,9 +70,17 @@ struct Adapter::Layer {
   const Tensor& tensor(shm::AdapterTensor which) const { return tensors[static_cast<std::size_t>(which)]; }
   kernels::Panels packed(Part part, std::int64_t expert) const { return parts[part].of(expert); }
 
-  // Columns of X·gate_up_aᵀ and Z·down_aᵀ: multiples of 32; 0: not adapted.
-  std::int64_t gate_up_rank() const { return parts[kGateUpB].k; }
-  std::int64_t down_rank() const { return parts[kDownB].k; }
+  // Of X·gate_up_aᵀ and Z·down_aᵀ.
+  LoraRank gate_up_rank(std::int64_t k_multiple) const {
+    return rank_of(kGateUpB, up_column() + static_cast<std::int64_t>(spec.gate_up.r), k_multiple);
+  }
+  LoraRank down_rank(std::int64_t k_multiple) const {
+    return rank_of(kDownB, static_cast<std::int64_t>(spec.down.r), k_multiple);
+  }
+  LoraRank rank_of(Part part, std::int64_t used, std::int64_t k_multiple) const {
+    if (parts[part].k == 0) return {};
+    return {parts[part].k, (used + k_multiple - 1) / k_multiple * k_multiple};
+  }
   // Where up's columns begin in X·gate_up_aᵀ.
   std::int64_t up_column() const { return spec.shared_a ? 0 : static_cast<std::int64_t>(spec.gate_up.r); }
 

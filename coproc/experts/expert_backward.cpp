@@ -4,169 +4,253 @@
 
 namespace kt::coproc {
 
+using kernels::Fetch;
 using kernels::kPanelRows;
 using shm::AdapterTensor;
 
-// dY gathered and yb; X and xa where they are needed.
-void ExpertCompute::State::prepare_backward(const LoraLayer* lora, std::span<const BackwardItem> items, bool need_x) {
-  count_gather_dy(lora);
-  if (need_x) count_gather_x(lora);
-  run(row_tasks, [&](const RowTask& rows, int worker) {
-    gather(rows.begin, rows.end, h, hp, dy.data(), [&](std::size_t item) { return items[item].dy; });
-    if (yb.rank > 0) {
-      project_transposed(rows, dy, hp, lora->packed(LoraLayer::kDownB, rows.expert), lora->spec.down.scaling, yb,
-                         worker);
-    }
-    if (!need_x) return;
-    gather(rows.begin, rows.end, h, hp, x.data(), [&](std::size_t item) { return items[item].act->x.data(); });
-    project_x(rows, lora);
-  });
+void ExpertCompute::State::ensure_backward(const Pass& pass, Block& block) const {
+  const std::int64_t rows = block.num_rows();
+  block.dy.ensure(rows * ld_hidden * eb);
+  block.gate_up.ensure(rows * ld_gate_up * eb);
+  block.dw.ensure_floats(rows * (ip / kPanelRows));
+  block.yb.ensure(rows, rank_d, eb);
+  block.gb.ensure(rows, rank_a, eb);
+  if (!pass.recompute && pass.accumulate_to == nullptr) return;
+  block.x.ensure(rows * ld_hidden * eb);
+  block.z.ensure(rows * ld_intermediate * eb);
+  block.xa.ensure(rows, rank_a, eb);
+  block.za.ensure(rows, rank_d, eb);
 }
 
-// p = dY·Wd + (s·yb)·Ad, one transposed panel of 32 columns for all rows of an expert.
-void ExpertCompute::State::compute_p(std::uint32_t moe_index, const LoraLayer* lora) {
-  plan_transposed(ip / kPanelRows, hp);
-  count_p(moe_index, lora);
-  run(panel_tasks, [&](const PanelTask& task, int worker) {
-    WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
-    const std::int64_t first = routes.first_row[static_cast<std::size_t>(task.expert)];
-    const std::int64_t count = routes.rows_of(task.expert);
-    const WeightMatrix w = weights.down(moe_index, static_cast<std::uint32_t>(task.expert));
-    for (std::int64_t panel = task.begin; panel < task.end; ++panel) {
-      float* to = p.floats() + first * ip + panel * kPanelRows;
-      const kernels::Panels wt = w.transpose(table, panel, scratch.transposed, scratch.weights);
-      table.gemm(dy.data() + first * hp * eb, hp, count, wt, to, ip, false);
-      if (yb.rank == 0) continue;
-      const kernels::Panels a = lora->packed(LoraLayer::kDownA, task.expert);
-      table.gemm(yb.rounded.data() + first * yb.rank * eb, yb.rank, count, transpose(a, panel, scratch.lora), to, ip,
-                 true);
-    }
-  });
+// Gathered dY, and yb.
+void ExpertCompute::State::gather_dy(const Pass& pass, Block& block, Range rows, Worker& worker) const {
+  gather(block, rows, block.dy.data(), [&](std::size_t item) { return pass.backward[item].dy; });
+  if (rank_d.width == 0) return;
+  project_transposed(rows, rows_of(block.dy, rows.begin, ld_hidden), pass.lora->packed(LoraLayer::kDownB, block.expert),
+                     pass.lora->spec.down.scaling, block.yb, worker);
 }
 
-// Through the activation: dgu, dw, and z where ∂/∂down_a needs it. `saved`: G and U of rows [begin, end).
-void ExpertCompute::State::differentiate_rows(std::int64_t begin, std::int64_t end, const std::byte* saved, bool keep_z,
-                                              std::span<const BackwardItem> items) {
-  table.swiglu_backward(saved, 2 * ip, p.floats() + begin * ip, ip, routes.weight.data() + begin, end - begin, ip,
-                        dw.floats() + begin, keep_z ? z.data() + begin * ip * eb : nullptr, ip,
-                        dgu.data() + begin * 2 * ip * eb, 2 * ip);
-  for (std::int64_t row = begin; row < end; ++row) {
-    const auto index = static_cast<std::size_t>(row);
-    items[static_cast<std::size_t>(routes.item[index])].dw[routes.route[index]] = dw.floats()[row];
+// Through the activation, for a pair's columns of P: dG and dU, the parts of dw, and z where ∂/∂down_a needs it. Kept G
+// and U lie by route in their activations.
+void ExpertCompute::State::differentiate_rows(const Pass& pass, Block& block, Range rows, Range panels,
+                                              const float* p) const {
+  const std::int64_t columns = panels.count() * kPanelRows;
+  const std::int64_t column = panels.begin * kPanelRows;
+  const bool keep_z = pass.accumulate_to != nullptr && rank_d.width > 0;
+  const auto differentiate_run = [&](const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row,
+                                     std::int64_t row, std::int64_t count) {
+    table.swiglu_backward(static_cast<const std::byte*>(saved) + 2 * column * eb, ld_saved, saved_row,
+                          p + (row - rows.begin) * columns, columns, routes.weight.data() + block.begin + row, count,
+                          columns, block.dw.floats() + panels.begin * block.num_rows() + row, block.num_rows(),
+                          keep_z ? block.z.data() + (row * ld_intermediate + column) * eb : nullptr, ld_intermediate,
+                          block.gate_up.data() + (row * ld_gate_up + 2 * column) * eb, ld_gate_up);
+  };
+  if (pass.recompute) {
+    return differentiate_run(block.gate_up.data() + rows.begin * ld_gate_up * eb, ld_gate_up, nullptr, rows.begin,
+                             rows.count());
   }
+  for_each_run(routes, block.begin + rows.begin, block.begin + rows.end,
+               [&](std::size_t item, std::int64_t first, std::int64_t stop) {
+                 differentiate_run(pass.backward[item].act->gate_up.data(), 2 * ip, routes.route.data() + first,
+                                   first - block.begin, stop - first);
+               });
 }
 
-// Kept G and U lie by route in their activations: brought into row order a tile at a time.
-void ExpertCompute::State::differentiate_kept(const RowTask& rows, bool keep_z, std::span<const BackwardItem> items,
-                                              Scratch& tile) {
-  const std::int64_t row_bytes = 2 * ip * eb;
-  const std::int64_t rows_max = tile_rows(2 * ip);
-  std::byte* saved = tile.ensure(rows_max * row_bytes);
-  for_each_run(routes, rows.begin, rows.end, [&](std::size_t item, std::int64_t first, std::int64_t stop) {
-    for (; first < stop; first += rows_max) {
-      const std::int64_t count = std::min(rows_max, stop - first);
-      table.gather(items[item].act->gate_up.data(), 2 * ip, routes.route.data() + first, count, 2 * ip, 2 * ip, saved,
-                   2 * ip);
-      differentiate_rows(first, first + count, saved, keep_z, items);
-    }
-  });
-}
-
-void ExpertCompute::State::differentiate(const LoraLayer* lora, std::span<const BackwardItem> items, bool recomputed,
-                                         bool accumulate) {
-  const bool keep_z = accumulate && za.rank > 0;
-  count_differentiate(lora, keep_z);
-  run(row_tasks, [&](const RowTask& rows, int worker) {
-    if (recomputed) {
-      differentiate_rows(rows.begin, rows.end, gate_up.data() + rows.begin * 2 * ip * eb, keep_z, items);
-    } else {
-      differentiate_kept(rows, keep_z, items, workers[static_cast<std::size_t>(worker)].tile);
-    }
-    if (keep_z) project(rows, z, ip, lora->packed(LoraLayer::kDownA, rows.expert), lora->spec.down.scaling, za);
-    if (gb.rank == 0) return;
-    project_transposed(rows, dgu, 2 * ip, lora->packed(LoraLayer::kGateUpB, rows.expert), lora->spec.gate_up.scaling,
-                       gb, worker);
-  });
-}
-
-// out = dG|dU·gate_up + (s·gb)·gate_up_a, rounded per route.
-void ExpertCompute::State::compute_dx(std::uint32_t moe_index, const LoraLayer* lora) {
-  plan_transposed(hp / kPanelRows, 2 * ip);
-  count_dx(moe_index, lora);
-  run(panel_tasks, [&](const PanelTask& task, int worker) {
-    WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
-    const std::int64_t rows_max = tile_rows(kPanelRows);
-    float* tile = scratch.tile.ensure_floats(rows_max * kPanelRows);
-    const WeightMatrix w = weights.gate_up(moe_index, static_cast<std::uint32_t>(task.expert));
-    const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
-    for (std::int64_t panel = task.begin; panel < task.end; ++panel) {
-      const kernels::Panels wt = w.transpose(table, panel, scratch.transposed, scratch.weights);
-      kernels::Panels at;
-      if (gb.rank > 0) at = transpose(lora->packed(LoraLayer::kGateUpA, task.expert), panel, scratch.lora);
-      for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
-        const std::int64_t count = std::min(rows_max, end - row);
-        table.gemm(dgu.data() + row * 2 * ip * eb, 2 * ip, count, wt, tile, kPanelRows, false);
-        if (gb.rank > 0) {
-          table.gemm(gb.rounded.data() + row * gb.rank * eb, gb.rank, count, at, tile, kPanelRows, true);
-        }
-        table.round_rows(tile, kPanelRows, count, kPanelRows, 1.0f, out.data() + (row * hp + panel * kPanelRows) * eb,
-                         hp);
+// P = dY·Wd + (s·yb)·Ad, a pair of panels of 32 columns at a time, and through the activation.
+void ExpertCompute::State::differentiate(const Pass& pass, Block& block, Range panels, Worker& worker,
+                                         const Fetch& after) const {
+  const WeightMatrix w = weights.down(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  float* tile = worker.tile.ensure_floats(kTileFloats);
+  for_each_pair(panels, [&](Range pair) {
+    const Tile c = {tile, pair.count() * kPanelRows};
+    for_each_tile(block, [&](Range rows) {
+      multiply_transposed(w, pair, rows_of(block.dy, rows.begin, ld_hidden), rows.count(), c, worker,
+                          next_transposed(w, pair, panels.end, after));
+      if (rank_d.width > 0) {
+        add_lora_transposed(block.yb, rank_d, rows, pass.lora->packed(LoraLayer::kDownA, block.expert), pair, c,
+                            worker);
       }
-    }
+      differentiate_rows(pass, block, rows, pair, tile);
+    });
   });
 }
 
-// S of one tensor of one expert, over all its rows in row order (DESIGN §6).
-void ExpertCompute::State::accumulate_gradient(LoraLayer& lora, AdapterTensor which, std::int32_t expert) {
+// What needs all columns: dw, za and gb.
+void ExpertCompute::State::finish_rows(const Pass& pass, Block& block, Range rows, Worker& worker) const {
+  const std::int64_t num_parts = ip / kPanelRows;
+  for (std::int64_t row = rows.begin; row < rows.end; ++row) {
+    float sum = 0;
+    for (std::int64_t part = 0; part < num_parts; ++part) sum += block.dw.floats()[part * block.num_rows() + row];
+    const auto index = static_cast<std::size_t>(block.begin + row);
+    pass.backward[static_cast<std::size_t>(routes.item[index])].dw[routes.route[index]] = sum;
+  }
+  if (pass.accumulate_to != nullptr) project_z(pass, block, rows, worker);
+  if (rank_a.width == 0) return;
+  project_transposed(rows, rows_of(block.gate_up, rows.begin, ld_gate_up),
+                     pass.lora->packed(LoraLayer::kGateUpB, block.expert), pass.lora->spec.gate_up.scaling, block.gb,
+                     worker);
+}
+
+// dG|dU·gate_up + (s·gb)·gate_up_a, rounded per route, in the node's `out`.
+void ExpertCompute::State::grad_x(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& after) {
+  const WeightMatrix w = weights.gate_up(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  float* tile = worker.tile.ensure_floats(kTileFloats);
+  std::byte* out = out_row(block.begin);
+  for_each_pair(panels, [&](Range pair) {
+    const Tile c = {tile, pair.count() * kPanelRows};
+    for_each_tile(block, [&](Range rows) {
+      multiply_transposed(w, pair, rows_of(block.gate_up, rows.begin, ld_gate_up), rows.count(), c, worker,
+                          next_transposed(w, pair, panels.end, after));
+      if (rank_a.width > 0) {
+        add_lora_transposed(block.gb, rank_a, rows, pass.lora->packed(LoraLayer::kGateUpA, block.expert), pair, c,
+                            worker);
+      }
+      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + pair.begin * kPanelRows) * eb,
+                       hp);
+    });
+  });
+}
+
+// S of one tensor of one expert, over rows of a block (DESIGN §6).
+void ExpertCompute::State::accumulate(const Pass& pass, const Block& block, Range rows, AdapterTensor which) const {
+  LoraLayer& lora = *pass.accumulate_to;
   const LoraLayer::Tensor& tensor = lora.tensor(which);
-  const std::int64_t first = routes.first_row[static_cast<std::size_t>(expert)];
-  const std::int64_t count = routes.rows_of(expert);
-  float* grad = tensor.s + expert * tensor.expert_size();
-  const float* w = routes.weight.data() + first;
+  if (tensor.shape.rows == 0) return;
+  const std::int64_t first = rows.begin;
+  float* grad = tensor.s + block.expert * tensor.expert_size();
+  const float* w = routes.weight.data() + block.begin + first;
   const bool is_up = which == AdapterTensor::kUpA || which == AdapterTensor::kUpB;
   const std::int64_t column = is_up ? lora.up_column() : 0;
+  const auto gate_up_scale = static_cast<float>(lora.spec.gate_up.scaling);
+  const auto down_scale = static_cast<float>(lora.spec.down.scaling);
+  const auto row_of = [&](const Scratch& array, std::int64_t ld) { return array.data() + first * ld * eb; };
   switch (which) {
     case AdapterTensor::kGateA:
     case AdapterTensor::kUpA:  // s·(dG·Bg)ᵀ·X
-      return table.lora_wgrad(gb.values.floats() + first * gb.rank + column, gb.rank, x.data() + first * hp * eb, hp,
-                              nullptr, count, tensor.shape.rows, h, static_cast<float>(lora.spec.gate_up.scaling), grad,
-                              h, false);
+      return table.lora_wgrad(block.gb.values.floats() + first * rank_a.width + column, rank_a.width,
+                              row_of(block.x, ld_hidden), ld_hidden, nullptr, rows.count(), tensor.shape.rows, h,
+                              gate_up_scale, grad, h, false);
     case AdapterTensor::kGateB:
     case AdapterTensor::kUpB:  // s·dGᵀ·(X·Agᵀ); a panel of dG at a time, because dG and dU are interleaved.
-      for (std::int64_t row = 0; row < i; row += kPanelRows) {
+      for (std::int64_t out = 0; out < i; out += kPanelRows) {
         const std::int64_t r = tensor.shape.cols;
-        table.lora_wgrad(xa.values.floats() + first * xa.rank + column, xa.rank,
-                         dgu.data() + (first * 2 * ip + 2 * row + (is_up ? kPanelRows : 0)) * eb, 2 * ip, nullptr,
-                         count, r, std::min(kPanelRows, i - row), static_cast<float>(lora.spec.gate_up.scaling),
-                         grad + row * r, r, true);
+        table.lora_wgrad(block.xa.values.floats() + first * rank_a.width + column, rank_a.width,
+                         row_of(block.gate_up, ld_gate_up) + (2 * out + (is_up ? kPanelRows : 0)) * eb, ld_gate_up,
+                         nullptr, rows.count(), r, std::min(kPanelRows, i - out), gate_up_scale, grad + out * r, r,
+                         true);
       }
       return;
     case AdapterTensor::kDownA:  // s·(w·dY·Bd)ᵀ·Z
-      return table.lora_wgrad(yb.values.floats() + first * yb.rank, yb.rank, z.data() + first * ip * eb, ip, w, count,
-                              tensor.shape.rows, i, static_cast<float>(lora.spec.down.scaling), grad, i, false);
+      return table.lora_wgrad(block.yb.values.floats() + first * rank_d.width, rank_d.width,
+                              row_of(block.z, ld_intermediate), ld_intermediate, w, rows.count(), tensor.shape.rows, i,
+                              down_scale, grad, i, false);
     case AdapterTensor::kDownB:  // s·(w·dY)ᵀ·(Z·Adᵀ)
-      return table.lora_wgrad(za.values.floats() + first * za.rank, za.rank, dy.data() + first * hp * eb, hp, w, count,
-                              tensor.shape.cols, h, static_cast<float>(lora.spec.down.scaling), grad, tensor.shape.cols,
-                              true);
+      return table.lora_wgrad(block.za.values.floats() + first * rank_d.width, rank_d.width,
+                              row_of(block.dy, ld_hidden), ld_hidden, w, rows.count(), tensor.shape.cols, h, down_scale,
+                              grad, tensor.shape.cols, true);
   }
 }
 
-void ExpertCompute::State::accumulate_gradients(LoraLayer& lora) {
-  count_gradients(lora);
-  constexpr auto kTensors = static_cast<std::int64_t>(shm::kNumAdapterTensors);
-  pool.run(static_cast<std::int64_t>(routes.experts.size()) * kTensors, [&](std::int64_t task, int) {
-    const auto which = static_cast<AdapterTensor>(task % kTensors);
-    if (lora.tensor(which).shape.rows == 0) return;
-    accumulate_gradient(lora, which, routes.experts[static_cast<std::size_t>(task / kTensors)]);
+void ExpertCompute::State::backward_whole(const Pass& pass, std::int32_t expert, const Fetch& after, Worker& worker) {
+  const auto e = static_cast<std::uint32_t>(expert);
+  const Fetch gate_up_next = next_transposed(weights.gate_up(pass.moe_index, e), {0, 0}, hp / kPanelRows, {});
+  for_each_block(expert, worker, [&](Block& block) {
+    ensure_backward(pass, block);
+    const Range rows = {0, block.num_rows()};
+    if (pass.recompute) {
+      gather_x(pass, block, rows, worker);
+      worker.clock.lap(StageId::kGatherX);
+      gate_up(pass, block, {0, 2 * ip / kPanelRows}, worker, {});
+      worker.clock.lap(StageId::kGateUp);
+    }
+    gather_dy(pass, block, rows, worker);
+    worker.clock.lap(StageId::kGatherDy);
+    differentiate(pass, block, {0, ip / kPanelRows}, worker, gate_up_next);
+    worker.clock.lap(StageId::kDifferentiate);
+    finish_rows(pass, block, rows, worker);
+    worker.clock.lap(StageId::kFinishRows);
+    grad_x(pass, block, {0, hp / kPanelRows}, worker, after);
+    worker.clock.lap(StageId::kGradX);
+    if (pass.accumulate_to == nullptr) return;
+    if (!pass.recompute && rank_a.width > 0) gather_x(pass, block, rows, worker);
+    for (const AdapterTensor which : kAdapterTensors) accumulate(pass, block, rows, which);
+    worker.clock.lap(StageId::kLoraGradients);
   });
+}
+
+// The tensors of the shared experts, each by one worker, block by block.
+void ExpertCompute::State::accumulate_shared(const Pass& pass) {
+  for (Node& node : nodes) node.tensor_tasks.clear();
+  for (Node& node : nodes) {
+    for (std::size_t n = 0; n < node.plan.shared.size(); ++n) {
+      for (const AdapterTensor which : kAdapterTensors) {
+        node.tensor_tasks.push_back({static_cast<std::int32_t>(n), which});
+      }
+    }
+  }
+  run_shared(&Node::tensor_tasks, [&](const TensorTask& task, Block& block, Worker& worker) {
+    const RowBlocks blocks(block.num_rows(), rows_max);
+    for (std::int64_t b = 0; b < blocks.num_blocks; ++b) {
+      accumulate(pass, block, {blocks.begin(b), blocks.begin(b + 1)}, task.which);
+    }
+    worker.clock.lap(StageId::kLoraGradients);
+  });
+}
+
+void ExpertCompute::State::run_backward(const Pass& pass) {
+  for (Node& node : nodes) {
+    for (std::size_t n = 0; n < node.plan.shared.size(); ++n) ensure_backward(pass, node.blocks[n]);
+  }
+  const bool need_x = pass.recompute || (pass.accumulate_to != nullptr && rank_a.width > 0);
+  run_shared(&Node::row_tasks, [&](const RowTask& task, Block& block, Worker& worker) {
+    gather_dy(pass, block, {task.begin, task.end}, worker);
+    worker.clock.lap(StageId::kGatherDy);
+    if (need_x) gather_x(pass, block, {task.begin, task.end}, worker);
+    worker.clock.lap(StageId::kGatherX);
+  });
+  if (pass.recompute) {
+    plan_shared_panels(weights.gate_up(pass.moe_index, 0));
+    run_shared(&Node::panel_tasks, [&](const PanelTask& task, Block& block, Worker& worker) {
+      gate_up(pass, block, {task.begin, task.end}, worker, {});
+      worker.clock.lap(StageId::kGateUp);
+    });
+  }
+  plan_shared_columns(ip, hp);
+  run_experts(
+      [&](const Node& node, std::size_t index, Worker& worker) {
+        const std::int32_t next = expert_after(node, index);
+        const Fetch after = next < 0 ? Fetch{}
+                                     : next_transposed(weights.down(pass.moe_index, static_cast<std::uint32_t>(next)),
+                                                       {0, 0}, ip / kPanelRows, {});
+        backward_whole(pass, node.plan.whole[index], after, worker);
+      },
+      [&](const PanelTask& task, Block& block, Worker& worker) {
+        differentiate(pass, block, {task.begin, task.end}, worker, {});
+        worker.clock.lap(StageId::kDifferentiate);
+      });
+  run_shared(&Node::row_tasks, [&](const RowTask& task, Block& block, Worker& worker) {
+    finish_rows(pass, block, {task.begin, task.end}, worker);
+    worker.clock.lap(StageId::kFinishRows);
+  });
+  plan_shared_columns(hp, 2 * ip);
+  run_shared(&Node::panel_tasks, [&](const PanelTask& task, Block& block, Worker& worker) {
+    grad_x(pass, block, {task.begin, task.end}, worker, {});
+    worker.clock.lap(StageId::kGradX);
+  });
+  if (pass.accumulate_to != nullptr) accumulate_shared(pass);
 }
 
 void ExpertCompute::State::begin_backward(std::span<const BackwardItem> items) {
   batch.clear();
+  targets.clear();
   for (const BackwardItem& item : items) {
     batch.push_back({item.act->ids.data(), item.act->weights.data(), item.act->num_tokens});
+    targets.push_back(static_cast<std::byte*>(item.dx));
   }
-  plan();
+}
+
+// Sentinels have no row that would set it.
+void ExpertCompute::State::clear_sentinels(std::span<const BackwardItem> items) const {
   for (std::size_t item = 0; item < items.size(); ++item) {
     const std::int64_t num_slots = batch[item].num_tokens * top_k;
     for (std::int64_t slot = 0; slot < num_slots; ++slot) {
@@ -180,41 +264,23 @@ void ExpertCompute::backward(std::uint32_t layer, Adapter* adapter, std::span<co
   State& s = *state_;
   const std::int32_t moe_index = s.dims.moe_index(layer);
   KT_CHECK(moe_index >= 0);
-  const auto moe = static_cast<std::uint32_t>(moe_index);
   LoraLayer* lora = adapter == nullptr ? nullptr : adapter->layer(layer);
-  accumulate = accumulate && lora != nullptr;
+  Pass pass;
+  pass.moe_index = static_cast<std::uint32_t>(moe_index);
+  pass.lora = lora;
+  pass.backward = items;
+  pass.accumulate_to = accumulate ? lora : nullptr;
   // Recomputed bits equal kept ones, so a batch in which some were kept needs no third way.
-  const bool recompute = std::any_of(items.begin(), items.end(), [](const BackwardItem& item) {
+  pass.recompute = std::any_of(items.begin(), items.end(), [](const BackwardItem& item) {
     return item.act->num_tokens > 0 && item.act->gate_up.empty();
   });
   s.begin_backward(items);
-
-  const std::int64_t num_rows = s.routes.num_rows;
-  const std::int64_t gate_up_rank = lora == nullptr ? 0 : lora->gate_up_rank();
-  const std::int64_t down_rank = lora == nullptr ? 0 : lora->down_rank();
-  const bool need_x = recompute || (accumulate && gate_up_rank > 0);
-  s.dy.ensure(num_rows * s.hp * s.eb);
-  if (need_x) s.x.ensure(num_rows * s.hp * s.eb);
-  if (recompute) s.gate_up.ensure(num_rows * 2 * s.ip * s.eb);
-  if (recompute || accumulate) s.z.ensure(num_rows * s.ip * s.eb);
-  s.p.ensure_floats(num_rows * s.ip);
-  s.dw.ensure_floats(num_rows);
-  s.dgu.ensure(num_rows * 2 * s.ip * s.eb);
-  s.out.ensure(num_rows * s.hp * s.eb);
-  s.xa.ensure(num_rows, gate_up_rank, s.eb);
-  s.gb.ensure(num_rows, gate_up_rank, s.eb);
-  s.za.ensure(num_rows, down_rank, s.eb);
-  s.yb.ensure(num_rows, down_rank, s.eb);
-
-  s.prepare_backward(lora, items, need_x);
-  if (recompute) s.compute_gate_up(moe, lora, {});
-  s.compute_p(moe, lora);
-  s.differentiate(lora, items, recompute, accumulate);
-  s.compute_dx(moe, lora);
-  s.sum_routes(false, [&](std::size_t item) { return items[item].dx; });
-  if (!accumulate) return;
-  s.accumulate_gradients(*lora);
-  lora->touched = true;
+  s.plan(lora);
+  s.clear_sentinels(items);
+  if (s.routes.num_rows > 0) s.run_backward(pass);
+  s.sum_routes(false);
+  s.account_backward(pass);
+  if (pass.accumulate_to != nullptr) lora->touched = true;
 }
 
 }  // namespace kt::coproc

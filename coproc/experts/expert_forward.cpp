@@ -1,187 +1,163 @@
 #include <algorithm>
-#include <utility>
 
 #include "coproc/experts/layer_state.h"
 
 namespace kt::coproc {
 
+using kernels::Fetch;
 using kernels::kPanelRows;
 
-ExpertCompute::State::State(ExpertDims dims_in, const kernels::KernelTable& table_in, const ExpertWeights& weights_in,
-                            WorkerPool& pool_in)
-    : dims(std::move(dims_in)),
-      table(table_in),
-      weights(weights_in),
-      pool(pool_in),
-      h(dims.hidden_size),
-      hp(dims.hidden_padded()),
-      i(dims.intermediate_size),
-      ip(dims.intermediate_padded()),
-      eb(dims.element_bytes),
-      top_k(dims.top_k),
-      workers(static_cast<std::size_t>(pool.num_workers())) {
-  KT_CHECK(table.element_bytes == eb);
-  KT_CHECK(top_k > 0);
+void ExpertCompute::State::ensure_forward(Block& block) const {
+  const std::int64_t rows = block.num_rows();
+  block.x.ensure(rows * ld_hidden * eb);
+  block.z.ensure(rows * ld_intermediate * eb);
+  block.xa.ensure(rows, rank_a, eb);
+  block.za.ensure(rows, rank_d, eb);
 }
 
-void ExpertCompute::State::plan() {
-  routes.group(batch, dims.num_experts, top_k);
-  plan_rows(routes, row_tasks);
-  plan_tokens(batch, token_tasks);
-  traffic.stages.clear();
-  traffic.num_routes = routes.num_rows;
+// Gathered X, and xa.
+void ExpertCompute::State::gather_x(const Pass& pass, Block& block, Range rows, Worker& worker) const {
+  gather(block, rows, block.x.data(), [&](std::size_t item) -> const void* {
+    return pass.forward.empty() ? pass.backward[item].act->x.data() : pass.forward[item].x;
+  });
+  if (rank_a.width == 0) return;
+  project(rows, rows_of(block.x, rows.begin, ld_hidden), pass.lora->packed(LoraLayer::kGateUpA, block.expert),
+          pass.lora->spec.gate_up.scaling, block.xa, worker);
 }
 
-void ExpertCompute::State::plan_weights(std::int64_t num_panels, std::int64_t k) {
-  const std::int64_t group = num_panels % 2 == 0 ? 2 : 1;  // A gate panel and its up panel stay together.
-  plan_panels(routes, num_panels, kernels::panel_stride_bytes(k, eb), group, pool.num_workers(), panel_tasks);
-}
-
-void ExpertCompute::State::plan_transposed(std::int64_t num_panels, std::int64_t k) {
-  plan_panels(routes, num_panels, kernels::panel_stride_bytes(k, eb), 1, pool.num_workers(), panel_tasks);
-}
-
-void ExpertCompute::State::project(const RowTask& rows, const Scratch& a, std::int64_t lda, const kernels::Panels& w,
-                                   double scale, Projection& to) const {
-  const std::int64_t num_rows = rows.end - rows.begin;
-  float* values = to.values.floats() + rows.begin * to.rank;
-  table.gemm(a.data() + rows.begin * lda * eb, lda, num_rows, w, values, to.rank, false);
-  table.round_rows(values, to.rank, num_rows, to.rank, static_cast<float>(scale),
-                   to.rounded.data() + rows.begin * to.rank * eb, to.rank);
-}
-
-kernels::Panels ExpertCompute::State::transpose(const kernels::Panels& w, std::int64_t panel, Scratch& scratch) const {
-  const std::int64_t k = w.num_panels * kPanelRows;
-  std::byte* to = scratch.ensure(k * kPanelRows * eb);
-  table.transpose_panel(w, panel, to);
-  return {to, kernels::panel_stride_bytes(k, eb), 1, k};
-}
-
-void ExpertCompute::State::project_transposed(const RowTask& rows, const Scratch& a, std::int64_t lda,
-                                              const kernels::Panels& w, double scale, Projection& to, int worker) {
-  const std::int64_t num_rows = rows.end - rows.begin;
-  float* values = to.values.floats() + rows.begin * to.rank;
-  for (std::int64_t panel = 0; panel < to.rank / kPanelRows; ++panel) {
-    const kernels::Panels wt = transpose(w, panel, workers[static_cast<std::size_t>(worker)].transposed);
-    table.gemm(a.data() + rows.begin * lda * eb, lda, num_rows, wt, values + panel * kPanelRows, to.rank, false);
-  }
-  table.round_rows(values, to.rank, num_rows, to.rank, static_cast<float>(scale),
-                   to.rounded.data() + rows.begin * to.rank * eb, to.rank);
-}
-
-void ExpertCompute::State::project_x(const RowTask& rows, const LoraLayer* lora) {
-  if (xa.rank > 0) {
-    project(rows, x, hp, lora->packed(LoraLayer::kGateUpA, rows.expert), lora->spec.gate_up.scaling, xa);
-  }
-}
-
-// The interleaved columns of a task's panels, rows [begin, begin + count): activation, and G and U where they are kept.
-void ExpertCompute::State::activate(std::int64_t begin, std::int64_t count, const PanelTask& task, const float* tile,
-                                    std::span<const ForwardItem> items) {
-  const std::int64_t columns = (task.end - task.begin) * kPanelRows;
-  const std::int64_t first_column = task.begin * kPanelRows;
-  const auto swiglu = [&](std::int64_t first, std::int64_t rows, std::byte* saved_row) {
-    table.swiglu(tile + (first - begin) * columns, columns, rows, columns / 2,
-                 saved_row == nullptr ? nullptr : saved_row + first_column * eb, 2 * ip,
-                 z.data() + (first * ip + first_column / 2) * eb, ip);
+// A pair's columns of G and U through the activation; kept where forward is asked to, or backward needs them.
+void ExpertCompute::State::activate(const Pass& pass, Block& block, Range rows, Range panels, const float* tile) const {
+  const std::int64_t columns = panels.count() * kPanelRows;
+  const std::int64_t first_column = panels.begin * kPanelRows;
+  const auto swiglu = [&](std::int64_t row, std::int64_t count, std::byte* saved, std::int64_t ld_saved) {
+    table.swiglu(tile + (row - rows.begin) * columns, columns, count, columns / 2,
+                 saved == nullptr ? nullptr : saved + first_column * eb, ld_saved,
+                 block.z.data() + (row * ld_intermediate + first_column / 2) * eb, ld_intermediate);
   };
-  if (items.empty()) return swiglu(begin, count, gate_up.data() + begin * 2 * ip * eb);
-  for_each_run(routes, begin, begin + count, [&](std::size_t item, std::int64_t first, std::int64_t stop) {
-    auto* saved = static_cast<std::byte*>(items[item].save_gate_up);
-    if (saved == nullptr) return swiglu(first, stop - first, nullptr);
-    for (std::int64_t row = first; row < stop; ++row) {
-      const std::int64_t route = routes.route[static_cast<std::size_t>(row)];
-      swiglu(row, 1, saved + route * 2 * ip * eb);
-    }
-  });
+  if (pass.forward.empty()) {
+    return swiglu(rows.begin, rows.count(), block.gate_up.data() + rows.begin * ld_gate_up * eb, ld_gate_up);
+  }
+  for_each_run(routes, block.begin + rows.begin, block.begin + rows.end,
+               [&](std::size_t item, std::int64_t first, std::int64_t stop) {
+                 auto* saved = static_cast<std::byte*>(pass.forward[item].save_gate_up);
+                 if (saved == nullptr) return swiglu(first - block.begin, stop - first, nullptr, 0);
+                 for (std::int64_t row = first; row < stop; ++row) {
+                   const std::int64_t route = routes.route[static_cast<std::size_t>(row)];
+                   swiglu(row - block.begin, 1, saved + route * 2 * ip * eb, 2 * ip);
+                 }
+               });
 }
 
-void ExpertCompute::State::compute_gate_up(std::uint32_t moe_index, const LoraLayer* lora,
-                                           std::span<const ForwardItem> items) {
-  plan_weights(2 * ip / kPanelRows, hp);
-  count_gate_up(moe_index, lora, items);
-  run(panel_tasks, [&](const PanelTask& task, int worker) {
-    const std::int64_t num_panels = task.end - task.begin;
-    const std::int64_t columns = num_panels * kPanelRows;
-    const std::int64_t rows_max = tile_rows(columns);
-    WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
-    float* tile = scratch.tile.ensure_floats(rows_max * columns);
-    const kernels::Panels w = weights.gate_up(moe_index, static_cast<std::uint32_t>(task.expert))
-                                  .elements(table, task.begin, num_panels, scratch.weights);
-    const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
-    for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
-      const std::int64_t count = std::min(rows_max, end - row);
-      table.gemm(x.data() + row * hp * eb, hp, count, w, tile, columns, false);
-      if (xa.rank > 0) {
-        table.gemm(xa.rounded.data() + row * xa.rank * eb, xa.rank, count,
-                   slice(lora->packed(LoraLayer::kGateUpB, task.expert), task.begin, num_panels), tile, columns, true);
+// z of all rows, from panels of gate and up.
+void ExpertCompute::State::gate_up(const Pass& pass, Block& block, Range panels, Worker& worker,
+                                   const Fetch& after) const {
+  const WeightMatrix w = weights.gate_up(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  float* tile = worker.tile.ensure_floats(kTileFloats);
+  for_each_pair(panels, [&](Range pair) {
+    const Tile c = {tile, pair.count() * kPanelRows};
+    for_each_tile(block, [&](Range rows) {
+      const Fetch next = rows.begin == 0 ? next_pair(w, pair, panels.end, after) : Fetch{};
+      multiply(w, pair, rows_of(block.x, rows.begin, ld_hidden), rows.count(), c, worker, next);
+      if (rank_a.width > 0) {
+        add_lora(block.xa, rank_a, rows, pass.lora->packed(LoraLayer::kGateUpB, block.expert), pair, c, worker);
       }
-      activate(row, count, task, tile, items);
-    }
+      activate(pass, block, rows, pair, tile);
+    });
   });
 }
 
-void ExpertCompute::State::compute_down(std::uint32_t moe_index, const LoraLayer* lora) {
-  plan_weights(hp / kPanelRows, ip);
-  count_down(moe_index, lora);
-  run(panel_tasks, [&](const PanelTask& task, int worker) {
-    const std::int64_t num_panels = task.end - task.begin;
-    const std::int64_t columns = num_panels * kPanelRows;
-    const std::int64_t rows_max = tile_rows(columns);
-    WorkerScratch& scratch = workers[static_cast<std::size_t>(worker)];
-    float* tile = scratch.tile.ensure_floats(rows_max * columns);
-    const kernels::Panels w = weights.down(moe_index, static_cast<std::uint32_t>(task.expert))
-                                  .elements(table, task.begin, num_panels, scratch.weights);
-    const std::int64_t end = routes.first_row[static_cast<std::size_t>(task.expert) + 1];
-    for (std::int64_t row = end - routes.rows_of(task.expert); row < end; row += rows_max) {
-      const std::int64_t count = std::min(rows_max, end - row);
-      table.gemm(z.data() + row * ip * eb, ip, count, w, tile, columns, false);
-      if (za.rank > 0) {
-        table.gemm(za.rounded.data() + row * za.rank * eb, za.rank, count,
-                   slice(lora->packed(LoraLayer::kDownB, task.expert), task.begin, num_panels), tile, columns, true);
+void ExpertCompute::State::project_z(const Pass& pass, Block& block, Range rows, Worker& worker) const {
+  if (rank_d.width == 0) return;
+  project(rows, rows_of(block.z, rows.begin, ld_intermediate), pass.lora->packed(LoraLayer::kDownA, block.expert),
+          pass.lora->spec.down.scaling, block.za, worker);
+}
+
+// D of all rows, rounded, in the node's `out`.
+void ExpertCompute::State::down(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& after) {
+  const WeightMatrix w = weights.down(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  float* tile = worker.tile.ensure_floats(kTileFloats);
+  std::byte* out = out_row(block.begin);
+  for_each_pair(panels, [&](Range pair) {
+    const Tile c = {tile, pair.count() * kPanelRows};
+    for_each_tile(block, [&](Range rows) {
+      const Fetch next = rows.begin == 0 ? next_pair(w, pair, panels.end, after) : Fetch{};
+      multiply(w, pair, rows_of(block.z, rows.begin, ld_intermediate), rows.count(), c, worker, next);
+      if (rank_d.width > 0) {
+        add_lora(block.za, rank_d, rows, pass.lora->packed(LoraLayer::kDownB, block.expert), pair, c, worker);
       }
-      table.round_rows(tile, columns, count, columns, 1.0f, out.data() + (row * hp + task.begin * kPanelRows) * eb, hp);
-    }
+      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + pair.begin * kPanelRows) * eb,
+                       hp);
+    });
   });
 }
 
-ExpertCompute::ExpertCompute(const ExpertDims& dims, const kernels::KernelTable& table, const ExpertWeights& weights,
-                             WorkerPool& pool)
-    : state_(std::make_unique<State>(dims, table, weights, pool)) {}
-ExpertCompute::~ExpertCompute() = default;
+void ExpertCompute::State::forward_whole(const Pass& pass, std::int32_t expert, const Fetch& after, Worker& worker) {
+  const WeightMatrix down_w = weights.down(pass.moe_index, static_cast<std::uint32_t>(expert));
+  for_each_block(expert, worker, [&](Block& block) {
+    ensure_forward(block);
+    const Range rows = {0, block.num_rows()};
+    gather_x(pass, block, rows, worker);
+    worker.clock.lap(StageId::kGatherX);
+    gate_up(pass, block, {0, 2 * ip / kPanelRows}, worker, down_w.fetch(0, std::min(kPair, down_w.num_panels)));
+    worker.clock.lap(StageId::kGateUp);
+    project_z(pass, block, rows, worker);
+    worker.clock.lap(StageId::kProjectZ);
+    down(pass, block, {0, hp / kPanelRows}, worker, after);
+    worker.clock.lap(StageId::kDown);
+  });
+}
 
-const Traffic& ExpertCompute::traffic() const { return state_->traffic; }
+void ExpertCompute::State::run_forward(const Pass& pass) {
+  for (Node& node : nodes) {
+    for (std::size_t n = 0; n < node.plan.shared.size(); ++n) ensure_forward(node.blocks[n]);
+  }
+  run_shared(&Node::row_tasks, [&](const RowTask& task, Block& block, Worker& worker) {
+    gather_x(pass, block, {task.begin, task.end}, worker);
+    worker.clock.lap(StageId::kGatherX);
+  });
+  plan_shared_panels(weights.gate_up(pass.moe_index, 0));
+  run_experts(
+      [&](const Node& node, std::size_t index, Worker& worker) {
+        const std::int32_t next = expert_after(node, index);
+        const Fetch after =
+            next < 0 ? Fetch{} : weights.gate_up(pass.moe_index, static_cast<std::uint32_t>(next)).fetch(0, kPair);
+        forward_whole(pass, node.plan.whole[index], after, worker);
+      },
+      [&](const PanelTask& task, Block& block, Worker& worker) {
+        gate_up(pass, block, {task.begin, task.end}, worker, {});
+        worker.clock.lap(StageId::kGateUp);
+      });
+  if (rank_d.width > 0) {
+    run_shared(&Node::row_tasks, [&](const RowTask& task, Block& block, Worker& worker) {
+      project_z(pass, block, {task.begin, task.end}, worker);
+      worker.clock.lap(StageId::kProjectZ);
+    });
+  }
+  plan_shared_panels(weights.down(pass.moe_index, 0));
+  run_shared(&Node::panel_tasks, [&](const PanelTask& task, Block& block, Worker& worker) {
+    down(pass, block, {task.begin, task.end}, worker, {});
+    worker.clock.lap(StageId::kDown);
+  });
+}
 
 void ExpertCompute::forward(std::uint32_t layer, const Adapter* adapter, std::span<const ForwardItem> items) {
   State& s = *state_;
   const std::int32_t moe_index = s.dims.moe_index(layer);
   KT_CHECK(moe_index >= 0);
-  const auto moe = static_cast<std::uint32_t>(moe_index);
-  const LoraLayer* lora = adapter == nullptr ? nullptr : adapter->layer(layer);
+  Pass pass;
+  pass.moe_index = static_cast<std::uint32_t>(moe_index);
+  pass.lora = adapter == nullptr ? nullptr : adapter->layer(layer);
+  pass.forward = items;
   s.batch.clear();
-  for (const ForwardItem& item : items) s.batch.push_back({item.ids, item.weights, item.num_tokens});
-  s.plan();
-  const std::int64_t num_rows = s.routes.num_rows;
-  s.x.ensure(num_rows * s.hp * s.eb);
-  s.z.ensure(num_rows * s.ip * s.eb);
-  s.out.ensure(num_rows * s.hp * s.eb);
-  s.xa.ensure(num_rows, lora == nullptr ? 0 : lora->gate_up_rank(), s.eb);
-  s.za.ensure(num_rows, lora == nullptr ? 0 : lora->down_rank(), s.eb);
-
-  s.count_gather_x(lora);
-  s.run(s.row_tasks, [&](const RowTask& rows, int) {
-    s.gather(rows.begin, rows.end, s.h, s.hp, s.x.data(), [&](std::size_t item) { return items[item].x; });
-    s.project_x(rows, lora);
-  });
-  s.compute_gate_up(moe, lora, items);
-  if (s.za.rank > 0) {
-    s.count_project_z(lora);
-    s.run(s.row_tasks, [&](const RowTask& rows, int) {
-      s.project(rows, s.z, s.ip, lora->packed(LoraLayer::kDownA, rows.expert), lora->spec.down.scaling, s.za);
-    });
+  s.targets.clear();
+  for (const ForwardItem& item : items) {
+    s.batch.push_back({item.ids, item.weights, item.num_tokens});
+    s.targets.push_back(static_cast<std::byte*>(item.y));
   }
-  s.compute_down(moe, lora);
-  s.sum_routes(true, [&](std::size_t item) { return items[item].y; });
+  s.plan(pass.lora);
+  if (s.routes.num_rows > 0) s.run_forward(pass);
+  s.sum_routes(true);
+  s.account_forward(pass);
 }
 
 }  // namespace kt::coproc

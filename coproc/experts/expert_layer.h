@@ -63,6 +63,7 @@ class ExpertCompute {
 
  private:
   struct State;
+  class Account;
   std::unique_ptr<State> state_;
 };
 

@@ -1,170 +1,299 @@
-// What forward and backward share: sizes, the grouped routes, the scratch arrays and the phases both run.
+// What forward and backward share: sizes, the grouped routes, the arrays of a block, and the stages both have.
 //
-// Every array has one row per route, in the order of Routes. R routes, Hp and Ip padded sizes, ra and rd the padded
-// widths of the LoRA halves (adapter_layer.h), s their scaling:
+// A block is some rows of one expert. Its arrays, a row per route in the order of Routes; Hp and Ip padded sizes, ra
+// and rd the padded widths of the LoRA halves (adapter_layer.h), s their scaling:
 //
-//   x        [R, Hp]   gathered X                      dy    [R, Hp]   gathered dY
-//   xa       [R, ra]   X·gate_up_aᵀ in f32, and s· in elements
-//   gate_up  [R, 2Ip]  rounded G and U, interleaved; only when backward recomputes them
-//   z        [R, Ip]   silu(G)⊙U
-//   za       [R, rd]   Z·down_aᵀ, f32 and s· elements
-//   out      [R, Hp]   D in forward, dX before the sum in backward
-//   p        [R, Ip]   dY·Wd (+LoRA), f32              dw    [R]       ⟨P, Z⟩
-//   yb       [R, rd]   dY·down_b, f32 and s· elements
-//   dgu      [R, 2Ip]  dG and dU, interleaved
-//   gb       [R, ra]   dG|dU·gate_up_b, f32 and s· elements
+//   x        [rows, Hp]   gathered X                      dy    [rows, Hp]   gathered dY
+//   xa       [rows, ra]   X·gate_up_aᵀ in f32, and s· in elements
+//   z        [rows, Ip]   silu(G)⊙U
+//   za       [rows, rd]   Z·down_aᵀ, f32 and s· elements
+//   gate_up  [rows, 2Ip]  interleaved: G and U where backward recomputes them, then dG and dU
+//   dw       [Ip/32, rows] ⟨P, Z⟩ of each 32 columns
+//   yb       [rows, rd]   dY·down_b, f32 and s· elements
+//   gb       [rows, ra]   dG|dU·gate_up_b, f32 and s· elements
 //
-// A phase is one WorkerPool::run; its tasks write disjoint parts, and no element's value depends on the cut.
+// A whole expert's blocks use the arrays of the worker that computes it, one after the other; a shared expert has
+// arrays of its own. What outlives the experts lies in `Node::out`: D of every route in forward, dX before the sum in
+// backward.
 #pragma once
 #include <algorithm>
+#include <array>
+#include <chrono>
 
 #include "coproc/experts/adapter_layer.h"
 #include "coproc/experts/expert_layer.h"
 #include "coproc/experts/memory.h"
+#include "coproc/experts/plan.h"
 #include "coproc/experts/routes.h"
 
 namespace kt::coproc {
 
 using LoraLayer = Adapter::Layer;
 
-// A narrow product of LoRA: as computed, and scaled and rounded for the next gemm.
+inline constexpr std::array<shm::AdapterTensor, shm::kNumAdapterTensors> kAdapterTensors = {
+    shm::AdapterTensor::kGateA, shm::AdapterTensor::kGateB, shm::AdapterTensor::kUpA,
+    shm::AdapterTensor::kUpB,   shm::AdapterTensor::kDownA, shm::AdapterTensor::kDownB};
+
+// A narrow product of LoRA: as computed, and scaled and rounded for the next gemm. [rows, width].
 struct Projection {
-  void ensure(std::int64_t num_rows, std::int64_t rank_in, std::int64_t element_bytes) {
-    rank = rank_in;
-    values.ensure_floats(num_rows * rank);
-    rounded.ensure(num_rows * rank * element_bytes);
+  void ensure(std::int64_t num_rows, LoraRank rank, std::int64_t element_bytes) {
+    values.ensure_floats(num_rows * rank.width);
+    rounded.ensure(num_rows * rank.width * element_bytes);
   }
-  std::int64_t rank = 0;
   Scratch values;
   Scratch rounded;
 };
 
-struct WorkerScratch {
-  Scratch tile;        // f32 results of a task for some rows.
-  Scratch weights;     // Quantised weights as elements: a task's panels, or blocks on their way to `transposed`.
-  Scratch transposed;  // One panel of a transposed weight matrix.
-  Scratch lora;        // One panel of a transposed LoRA matrix.
+struct Block {
+  std::int64_t num_rows() const { return end - begin; }
+  std::int32_t expert = 0;
+  std::int64_t begin = 0;  // Rows of Routes.
+  std::int64_t end = 0;
+  Scratch x, dy, z, gate_up, dw;
+  Projection xa, za, yb, gb;
+};
+
+// Rows [begin, end) of a block, or panels [begin, end) of a matrix.
+struct Range {
+  std::int64_t count() const { return end - begin; }
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+// Where rows of elements lie, and of f32 results.
+struct Rows {
+  const std::byte* data = nullptr;
+  std::int64_t ld = 0;  // Elements.
+};
+struct Tile {
+  float* data = nullptr;
+  std::int64_t ld = 0;
+  bool accumulate = false;
+};
+
+// The time of one worker, stage by stage.
+class StageClock {
+ public:
+  void start() { last_ = Clock::now(); }
+  void lap(StageId stage) {
+    const auto now = Clock::now();
+    seconds[static_cast<std::size_t>(stage)] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+  std::array<double, kNumStages> seconds{};
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  Clock::time_point last_;
+};
+
+struct alignas(128) Worker {
+  Block block;         // Of the whole expert it computes.
+  Scratch tile;        // f32 results on their way through what follows the product.
+  Scratch weights;     // Quantised weights as elements.
+  Scratch transposed;  // A piece of a transposed matrix.
+  StageClock clock;
+};
+
+// One LoRA tensor of shared expert number `index`.
+struct TensorTask {
+  std::int32_t index;
+  shm::AdapterTensor which;
+};
+
+struct Node {
+  ExpertPlan plan;
+  std::vector<Block> blocks;  // Of the shared experts; more than there are now keep their memory.
+  std::vector<RowTask> row_tasks;
+  std::vector<PanelTask> panel_tasks;
+  std::vector<TensorTask> tensor_tasks;
+  std::vector<std::int32_t> slots;  // Of every slot, its row of `out`; -1: a sentinel, or another node's.
+  Scratch out;                      // [rows of this node, Hp].
+  Scratch partial;                  // [tokens of the batch, H] f32: this node's part of the sums; with several nodes.
+};
+
+// What a forward or backward is about.
+struct Pass {
+  std::uint32_t moe_index = 0;
+  const LoraLayer* lora = nullptr;         // Or null.
+  std::span<const ForwardItem> forward;    // In forward.
+  std::span<const BackwardItem> backward;  // In backward.
+  bool recompute = false;                  // Backward computes G and U again.
+  LoraLayer* accumulate_to = nullptr;      // Backward adds LoRA's gradients there.
 };
 
 struct ExpertCompute::State {
   State(ExpertDims dims_in, const kernels::KernelTable& table_in, const ExpertWeights& weights_in, WorkerPool& pool_in);
 
-  // Groups the routes of `batch` and plans the tasks by rows and by tokens.
-  void plan();
-  void plan_weights(std::int64_t num_panels, std::int64_t k);
-  void plan_transposed(std::int64_t num_panels, std::int64_t k);
+  // Groups the routes of `batch`, and plans who computes what; sets the widths of the projections.
+  void plan(const LoraLayer* lora);
+  // Tasks of the shared experts by panels of `w`, or by 32 of its `columns`, of `depth` elements each.
+  void plan_shared_panels(const WeightMatrix& w);
+  void plan_shared_columns(std::int64_t columns, std::int64_t depth);
+
+  // A phase: body(task, block, worker) for the tasks of all nodes' shared experts.
   template <class Task, class Body>
-  void run(const std::vector<Task>& tasks, const Body& body) {
-    pool.run(static_cast<std::int64_t>(tasks.size()),
-             [&](std::int64_t task, int worker) { body(tasks[static_cast<std::size_t>(task)], worker); });
+  void run_shared(std::vector<Task> Node::*tasks, const Body& body) {
+    run_phase([&](const Node& node) { return (node.*tasks).size(); },
+              [&](Node& node, std::size_t index, Worker& worker) {
+                const Task& task = (node.*tasks)[index];
+                worker.clock.start();
+                body(task, node.blocks[static_cast<std::size_t>(task.index)], worker);
+              });
+  }
+  // A phase: whole(expert, worker, next expert or -1) for the whole experts, shared(task, block, worker) for the tasks
+  // of panels.
+  template <class Whole, class Shared>
+  void run_experts(const Whole& whole, const Shared& shared) {
+    run_phase([](const Node& node) { return node.plan.whole.size() + node.panel_tasks.size(); },
+              [&](Node& node, std::size_t index, Worker& worker) {
+                worker.clock.start();
+                if (index < node.plan.whole.size()) return whole(node, index, worker);
+                const PanelTask& task = node.panel_tasks[index - node.plan.whole.size()];
+                shared(task, node.blocks[static_cast<std::size_t>(task.index)], worker);
+              });
+  }
+  template <class CountOf, class Body>
+  void run_phase(const CountOf& count_of, const Body& body) {
+    std::int64_t total = 0;
+    for (std::size_t n = 0; n < nodes.size(); ++n)
+      total += num_tasks[n] = static_cast<std::int64_t>(count_of(nodes[n]));
+    if (total == 0) return;
+    ++traffic.num_barriers;
+    pool.run_on_nodes(num_tasks, [&](int node, std::int64_t index, int worker) {
+      body(nodes[static_cast<std::size_t>(node)], static_cast<std::size_t>(index),
+           workers[static_cast<std::size_t>(worker)]);
+    });
+  }
+  // The blocks of a whole expert, one after the other, in the worker's arrays.
+  template <class Body>
+  void for_each_block(std::int32_t expert, Worker& worker, const Body& body) const {
+    const RowBlocks blocks(routes.rows_of(expert), rows_max);
+    Block& block = worker.block;
+    block.expert = expert;
+    for (std::int64_t b = 0; b < blocks.num_blocks; ++b) {
+      block.begin = routes.begin_of(expert) + blocks.begin(b);
+      block.end = routes.begin_of(expert) + blocks.begin(b + 1);
+      body(block);
+    }
   }
 
-  // Rows [begin, end) of routes from the items' [T, n] arrays. source_of(item) is the array.
+  // `rows` of a block's array [block rows, Hp] from the items' [T, H] arrays. source_of(item) is the array.
   template <class SourceOf>
-  void gather(std::int64_t begin, std::int64_t end, std::int64_t n, std::int64_t n_padded, std::byte* to,
-              const SourceOf& source_of) const {
-    for_each_run(routes, begin, end, [&](std::size_t item, std::int64_t first, std::int64_t stop) {
-      table.gather(source_of(item), n, routes.token.data() + first, stop - first, n, n_padded,
-                   to + first * n_padded * eb, n_padded);
-    });
+  void gather(const Block& block, Range rows, std::byte* to, const SourceOf& source_of) const {
+    for_each_run(routes, block.begin + rows.begin, block.begin + rows.end,
+                 [&](std::size_t item, std::int64_t first, std::int64_t stop) {
+                   table.gather(source_of(item), h, routes.token.data() + first, stop - first, h, hp,
+                                to + (first - block.begin) * ld_hidden * eb, ld_hidden);
+                 });
   }
 
-  // to[rows] = A·Wᵀ for rows [begin, end) of `a`, all of w's panels; rounded with `scale`.
-  void project(const RowTask& rows, const Scratch& a, std::int64_t lda, const kernels::Panels& w, double scale,
-               Projection& to) const;
-  // The same with W transposed: to.rank columns of w, one transposed panel at a time.
-  void project_transposed(const RowTask& rows, const Scratch& a, std::int64_t lda, const kernels::Panels& w,
-                          double scale, Projection& to, int worker);
-  kernels::Panels transpose(const kernels::Panels& w, std::int64_t panel, Scratch& scratch) const;
+  // C[m, 32·panels] = or += A[m, k] · Wᵀ, of W's `panels`.
+  void multiply(const WeightMatrix& w, Range panels, const Rows& a, std::int64_t m, const Tile& c, Worker& worker,
+                const kernels::Fetch& next) const;
+  // C[m, 32·panels] = or += A[m, N] · W, of W's columns 32·panels: pieces of Wᵀ are made in scratch, 32 KiB at a time.
+  void multiply_transposed(const WeightMatrix& w, Range panels, const Rows& a, std::int64_t m, const Tile& c,
+                           Worker& worker, const kernels::Fetch& next) const;
+  // to[rows] = a·Wᵀ (a·W), also rounded with `scale`. `a` begins at the first of the rows.
+  void project(Range rows, const Rows& a, const kernels::Panels& w, double scale, Projection& to, Worker& worker) const;
+  void project_transposed(Range rows, const Rows& a, const kernels::Panels& w, double scale, Projection& to,
+                          Worker& worker) const;
+  // C += the projected rows · Wᵀ (· W), of LoRA's other matrix.
+  void add_lora(const Projection& from, LoraRank rank, Range rows, const kernels::Panels& w, Range panels,
+                const Tile& c, Worker& worker) const;
+  void add_lora_transposed(const Projection& from, LoraRank rank, Range rows, const kernels::Panels& w, Range panels,
+                           const Tile& c, Worker& worker) const;
 
-  // xa of gathered rows of X.
-  void project_x(const RowTask& rows, const LoraLayer* lora);
-  // Phase: z; G and U go to the items' save_gate_up where it is given, or, with no items, all to `gate_up`.
-  void compute_gate_up(std::uint32_t moe_index, const LoraLayer* lora, std::span<const ForwardItem> items);
-  void activate(std::int64_t begin, std::int64_t count, const PanelTask& task, const float* tile,
-                std::span<const ForwardItem> items);
-  // Phase: out = D.
-  void compute_down(std::uint32_t moe_index, const LoraLayer* lora);
-  // Phase: the items' [T, H] results from `out`; weighted or not.
-  template <class TargetOf>
-  void sum_routes(bool weighted, const TargetOf& target_of) {
-    run(token_tasks, [&](const TokenTask& task, int) {
-      const auto item = static_cast<std::size_t>(task.item);
-      const std::int64_t first = task.begin * top_k;
-      auto* target = static_cast<std::byte*>(target_of(item));
-      table.sum_routes(out.data(), hp, routes.row.data() + routes.first_slot[item] + first,
-                       weighted ? batch[item].weights + first : nullptr, task.end - task.begin, top_k, h,
-                       target + task.begin * h * eb, h);
-    });
-    count_sum();
+  // Stages of forward, for a part of a block.
+  void gather_x(const Pass& pass, Block& block, Range rows, Worker& worker) const;
+  void gate_up(const Pass& pass, Block& block, Range panels, Worker& worker, const kernels::Fetch& next) const;
+  void activate(const Pass& pass, Block& block, Range rows, Range panels, const float* tile) const;
+  void project_z(const Pass& pass, Block& block, Range rows, Worker& worker) const;
+  void down(const Pass& pass, Block& block, Range panels, Worker& worker, const kernels::Fetch& next);
+
+  // Stages of backward.
+  void gather_dy(const Pass& pass, Block& block, Range rows, Worker& worker) const;
+  void differentiate(const Pass& pass, Block& block, Range panels, Worker& worker, const kernels::Fetch& next) const;
+  void differentiate_rows(const Pass& pass, Block& block, Range rows, Range panels, const float* p) const;
+  void finish_rows(const Pass& pass, Block& block, Range rows, Worker& worker) const;
+  void grad_x(const Pass& pass, Block& block, Range panels, Worker& worker, const kernels::Fetch& next);
+  void accumulate(const Pass& pass, const Block& block, Range rows, shm::AdapterTensor which) const;
+
+  template <class Body>
+  static void for_each_pair(Range panels, const Body& body) {
+    for (std::int64_t first = panels.begin; first < panels.end; first += kPair) {
+      body(Range{first, std::min(first + kPair, panels.end)});
+    }
+  }
+  // All rows of a block, as many at a time as fit the worker's tile.
+  template <class Body>
+  static void for_each_tile(const Block& block, const Body& body) {
+    for (std::int64_t first = 0; first < block.num_rows(); first += kTileRows) {
+      body(Range{first, std::min(first + kTileRows, block.num_rows())});
+    }
+  }
+  // The pair of panels after `pair`, or what comes after `end`.
+  static kernels::Fetch next_pair(const WeightMatrix& w, Range pair, std::int64_t end, const kernels::Fetch& after);
+  kernels::Fetch next_transposed(const WeightMatrix& w, Range pair, std::int64_t end,
+                                 const kernels::Fetch& after) const;
+  Rows rows_of(const Scratch& array, std::int64_t row, std::int64_t ld) const {
+    return {array.data() + row * ld * eb, ld};
   }
 
-  // Backward's phases and their parts (expert_backward.cpp).
+  void ensure_forward(Block& block) const;
+  void ensure_backward(const Pass& pass, Block& block) const;
+  void forward_whole(const Pass& pass, std::int32_t expert, const kernels::Fetch& after, Worker& worker);
+  void backward_whole(const Pass& pass, std::int32_t expert, const kernels::Fetch& after, Worker& worker);
+  void run_forward(const Pass& pass);
+  void run_backward(const Pass& pass);
+  // Whole expert number `index`'s successor on the same worker, if all workers are equally fast; -1: there is none.
+  std::int32_t expert_after(const Node& node, std::size_t index) const;
   void begin_backward(std::span<const BackwardItem> items);
-  void prepare_backward(const LoraLayer* lora, std::span<const BackwardItem> items, bool need_x);
-  void compute_p(std::uint32_t moe_index, const LoraLayer* lora);
-  void differentiate(const LoraLayer* lora, std::span<const BackwardItem> items, bool recomputed, bool accumulate);
-  void differentiate_kept(const RowTask& rows, bool keep_z, std::span<const BackwardItem> items, Scratch& tile);
-  void differentiate_rows(std::int64_t begin, std::int64_t end, const std::byte* saved, bool keep_z,
-                          std::span<const BackwardItem> items);
-  void compute_dx(std::uint32_t moe_index, const LoraLayer* lora);
-  void accumulate_gradients(LoraLayer& lora);
-  void accumulate_gradient(LoraLayer& lora, shm::AdapterTensor which, std::int32_t expert);
+  void clear_sentinels(std::span<const BackwardItem> items) const;
+  void accumulate_shared(const Pass& pass);
 
-  // The phases' entries in `traffic` (traffic.cpp). Those of panels come after their plan.
-  void count_gather_x(const LoraLayer* lora);
-  void count_gate_up(std::uint32_t moe_index, const LoraLayer* lora, std::span<const ForwardItem> items);
-  void count_project_z(const LoraLayer* lora);
-  void count_down(std::uint32_t moe_index, const LoraLayer* lora);
-  void count_sum();
-  void count_gather_dy(const LoraLayer* lora);
-  void count_p(std::uint32_t moe_index, const LoraLayer* lora);
-  void count_differentiate(const LoraLayer* lora, bool keep_z);
-  void count_dx(std::uint32_t moe_index, const LoraLayer* lora);
-  void count_gradients(const LoraLayer& lora);
+  // Phase: the items' [T, H] results, targets[item], from the nodes' `out`; weighted or not.
+  void sum_routes(bool weighted);
+  void find_slots();
+  void sum_task(const Node& node, const TokenTask& task, bool weighted, float* sum) const;
 
-  // What a phase of panels reads of its rows, by rule T3. num_passes 0: one pass per task.
-  struct PanelPass {
-    std::int64_t row_bytes = 0;
-    std::int64_t panel_bytes = 0;
-    std::int64_t num_passes = 0;
-  };
-  std::int64_t panel_pass_bytes(const PanelPass& pass) const;
-  // What tasks by rows read again of rows just written, multiplying by a matrix of that size (T4).
-  std::int64_t row_pass_bytes(std::int64_t row_bytes, std::int64_t matrix_bytes) const;
-  std::int64_t touched_bytes(std::int64_t bytes_per_expert) const;
-  std::int64_t written_bytes(const Projection& projection) const;
-  Traffic::Stage gathered(std::string_view name, const LoraLayer* lora, LoraLayer::Part part,
-                          const Projection& projected) const;
-
-  // Rows of `columns` f32 that fit a worker's tile; also few enough that the rows of A pass through L2 beside it.
-  static std::int64_t tile_rows(std::int64_t columns) {
-    return std::clamp<std::int64_t>(kTileFloats / columns, 1, kTileRowsMax);
+  std::byte* out_row(std::int64_t row) {
+    const std::size_t node = nodes.size() == 1 ? 0 : node_of_row(row);
+    return nodes[node].out.data() + (row - routes.node_begin[node]) * hp * eb;
   }
-  // 256 KiB: half of the smallest L2 these tables run on (512 KiB per core on Zen 3; 2 MiB where AMX is).
-  static constexpr std::int64_t kTileFloats = 65536;
-  static constexpr std::int64_t kTileRowsMax = 256;
+  std::size_t node_of_row(std::int64_t row) const {
+    return static_cast<std::size_t>(std::upper_bound(routes.node_begin.begin(), routes.node_begin.end(), row) -
+                                    routes.node_begin.begin() - 1);
+  }
+
+  // traffic.cpp
+  void account_forward(const Pass& pass);
+  void account_backward(const Pass& pass);
+  template <class Visit>
+  void for_each_account(const Visit& visit) const;
+  void finish_account();
+
+  static constexpr std::int64_t kPair = 2;        // Panels multiplied at a time: 64 columns.
+  static constexpr std::int64_t kTileRows = 256;  // Rows of a tile: 64 KiB of f32.
+  static constexpr std::int64_t kTileFloats = kTileRows * kPair * kernels::kPanelRows;
 
   ExpertDims dims;
   const kernels::KernelTable& table;
   const ExpertWeights& weights;
   WorkerPool& pool;
   std::int64_t h, hp, i, ip, eb, top_k;
+  std::int64_t ld_hidden, ld_intermediate, ld_gate_up;  // Rows of the blocks' arrays.
+  std::int64_t rows_max;                                // Of a whole expert's block.
+  LoraRank rank_a, rank_d;                              // Of this pass: ra and rd.
 
   std::vector<RoutesOfItem> batch;
   Routes routes;
-  std::vector<RowTask> row_tasks;
-  std::vector<PanelTask> panel_tasks;
   std::vector<TokenTask> token_tasks;
-  Scratch x, dy, gate_up, z, out, p, dw, dgu;
-  Projection xa, za, yb, gb;
-  std::vector<WorkerScratch> workers;
+  std::vector<std::byte*> targets;  // Of the items.
+  std::vector<Node> nodes;
+  std::vector<std::int64_t> num_tasks;
+  std::vector<Worker> workers;
   Traffic traffic;
 };
-
-// Panels [begin, begin + count) of w.
-inline kernels::Panels slice(const kernels::Panels& w, std::int64_t begin, std::int64_t count) {
-  return {w.data + begin * w.stride, w.stride, count, w.k};
-}
 
 }  // namespace kt::coproc

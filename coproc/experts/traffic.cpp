@@ -1,4 +1,4 @@
-// The stages' shares of traffic.h: one function per phase, beside whose code it is called.
+// The stages' shares of traffic.h.
 #include "coproc/experts/traffic.h"
 
 #include "coproc/experts/layer_state.h"
@@ -18,148 +18,183 @@ std::int64_t bytes_of(const AnyPanels& w) {
 
 }  // namespace
 
-std::int64_t ExpertCompute::State::touched_bytes(std::int64_t bytes_per_expert) const {
-  return static_cast<std::int64_t>(routes.experts.size()) * bytes_per_expert;
+std::string_view stage_name(StageId stage) {
+  constexpr std::array<std::string_view, kNumStages> kNames = {
+      "gather x",      "gate, up",  "z to rank", "down",           "gather dy",
+      "p, activation", "dw, ranks", "dx",        "lora gradients", "sum"};
+  return kNames[static_cast<std::size_t>(stage)];
 }
 
-// f32 values and their rounded copy: the first are read by the gradients only.
-std::int64_t ExpertCompute::State::written_bytes(const Projection& projection) const {
-  return routes.num_rows * projection.rank * (kFloatBytes + eb);
-}
+// The account of one expert, or of one block of one that a worker computes whole.
+class ExpertCompute::Account {
+ public:
+  Account(State& state, const Pass& pass, std::int32_t expert, std::int64_t num_rows, int num_sharing)
+      : s_(state),
+        pass_(pass),
+        expert_(expert),
+        rows_(num_rows),
+        num_sharing_(num_sharing),
+        hidden_(num_rows * s_.hp * s_.eb),
+        intermediate_(num_rows * s_.ip * s_.eb),
+        gate_up_(2 * intermediate_) {}
 
-std::int64_t ExpertCompute::State::panel_pass_bytes(const PanelPass& pass) const {
-  if (panel_tasks.empty()) return 0;
-  const auto num_tasks = static_cast<std::int64_t>(panel_tasks.size() / routes.experts.size());  // Of each expert.
-  const std::int64_t num_passes = pass.num_passes > 0 ? pass.num_passes : num_tasks;
-  const std::int64_t columns = pass.num_passes > 0 ? kPanelRows : panel_tasks[0].end * kPanelRows;
-  const std::int64_t weight_bytes = columns / kPanelRows * pass.panel_bytes;
-  std::int64_t bytes = 0;
-  for (const std::int32_t expert : routes.experts) {
-    const std::int64_t num_rows = routes.rows_of(expert);
-    const bool stays = num_rows * (pass.row_bytes + columns * kFloatBytes) + weight_bytes <= kL2Bytes;
-    const std::int64_t num_reads = stays ? std::min<std::int64_t>(pool.num_workers(), num_tasks) : num_passes;
-    bytes += num_rows * pass.row_bytes * num_reads;
+  void forward(std::int64_t num_kept) const;
+  void backward() const;
+
+ private:
+  bool is_whole() const { return num_sharing_ == 0; }
+  Traffic::Stage& at(StageId stage) const { return s_.traffic[stage]; }
+  bool fits(std::int64_t bytes) const { return bytes <= s_.table.l2_bytes; }
+  // Bytes of rows that a stage of products reads: nothing if they are in L2 already and stay there, once if they fit
+  // there, once per pair of panels otherwise.
+  std::int64_t rows_read(std::int64_t bytes, bool are_there, std::int64_t panels, std::int64_t pair_bytes) const {
+    if (!fits(bytes + pair_bytes)) return bytes * (panels / State::kPair);
+    if (is_whole()) return are_there ? 0 : bytes;
+    return bytes * std::min<std::int64_t>(num_sharing_, panels / State::kPair);
   }
-  return bytes;
-}
-
-std::int64_t ExpertCompute::State::row_pass_bytes(std::int64_t row_bytes, std::int64_t matrix_bytes) const {
-  std::int64_t bytes = 0;
-  for (const RowTask& task : row_tasks) {
-    const std::int64_t task_bytes = (task.end - task.begin) * row_bytes;
-    if (task_bytes + matrix_bytes > kL2Bytes) bytes += task_bytes;
+  std::int64_t unless(bool stays, std::int64_t bytes) const { return is_whole() && stays ? 0 : bytes; }
+  std::int64_t pair_bytes(std::int64_t k) const { return State::kPair * kernels::panel_stride_bytes(k, s_.eb); }
+  std::int64_t lora_bytes(LoraLayer::Part part) const {
+    return pass_.lora == nullptr ? 0 : bytes_of(pass_.lora->packed(part, expert_));
   }
-  return bytes;
+  void gather(StageId stage, const LoraRank& rank, LoraLayer::Part part) const;
+  void gate_up(std::int64_t num_kept) const;
+  void gradients() const;
+
+  State& s_;
+  const Pass& pass_;
+  std::int32_t expert_;
+  std::int64_t rows_;
+  int num_sharing_;  // Workers that share the expert; 0: one computes it whole.
+  std::int64_t hidden_;
+  std::int64_t intermediate_;
+  std::int64_t gate_up_;
+};
+
+void ExpertCompute::Account::gather(StageId stage, const LoraRank& rank, LoraLayer::Part part) const {
+  at(stage).activation_bytes += rows_ * s_.h * s_.eb + unless(fits(hidden_), hidden_);
+  if (rank.width > 0) at(stage).lora_bytes += lora_bytes(part);
 }
 
-// Rows gathered from the items' arrays, and what is projected from them by `part`.
-Traffic::Stage ExpertCompute::State::gathered(std::string_view name, const LoraLayer* lora, LoraLayer::Part part,
-                                              const Projection& projected) const {
-  Traffic::Stage stage{.name = name, .activation_bytes = routes.num_rows * (h + hp) * eb};
-  if (projected.rank == 0) return stage;
-  const std::int64_t matrix_bytes = bytes_of(lora->packed(part, 0));
-  const std::int64_t num_passes = part == LoraLayer::kDownB ? projected.rank / kPanelRows : 1;  // Transposed: by panel.
-  stage.activation_bytes += num_passes * row_pass_bytes(hp * eb, matrix_bytes / num_passes) + written_bytes(projected);
-  stage.lora_bytes = static_cast<std::int64_t>(row_tasks.size()) * matrix_bytes;
-  return stage;
+void ExpertCompute::Account::gate_up(std::int64_t num_kept) const {
+  const WeightMatrix w = s_.weights.gate_up(pass_.moe_index, static_cast<std::uint32_t>(expert_));
+  Traffic::Stage& stage = at(StageId::kGateUp);
+  stage.weight_bytes += bytes_of(w);
+  stage.activation_bytes += rows_read(hidden_, true, w.num_panels, pair_bytes(s_.hp)) +
+                            unless(fits(hidden_ + intermediate_), intermediate_) + num_kept * 2 * s_.ip * s_.eb;
+  if (s_.rank_a.width > 0) stage.lora_bytes += lora_bytes(LoraLayer::kGateUpB);
 }
 
-void ExpertCompute::State::count_gather_x(const LoraLayer* lora) {
-  traffic.stages.push_back(gathered("gather x", lora, LoraLayer::kGateUpA, xa));
-}
-
-void ExpertCompute::State::count_gather_dy(const LoraLayer* lora) {
-  traffic.stages.push_back(gathered("gather dy", lora, LoraLayer::kDownB, yb));
-}
-
-void ExpertCompute::State::count_gate_up(std::uint32_t moe_index, const LoraLayer* lora,
-                                         std::span<const ForwardItem> items) {
-  Traffic::Stage stage{.name = "gate, up", .weight_bytes = touched_bytes(bytes_of(weights.gate_up(moe_index, 0)))};
-  stage.activation_bytes =
-      panel_pass_bytes({.row_bytes = (hp + xa.rank) * eb, .panel_bytes = kernels::panel_stride_bytes(hp, eb)});
-  stage.activation_bytes += routes.num_rows * ip * eb;
-  std::int64_t num_kept = items.empty() ? routes.num_rows : 0;
-  for (std::int64_t row = 0; row < routes.num_rows && !items.empty(); ++row) {
-    const auto item = static_cast<std::size_t>(routes.item[static_cast<std::size_t>(row)]);
-    num_kept += items[item].save_gate_up != nullptr ? 1 : 0;
+void ExpertCompute::Account::forward(std::int64_t num_kept) const {
+  gather(StageId::kGatherX, s_.rank_a, LoraLayer::kGateUpA);
+  gate_up(num_kept);
+  const bool z_stays = fits(hidden_ + intermediate_);
+  if (s_.rank_d.width > 0) {
+    at(StageId::kProjectZ).activation_bytes += unless(z_stays, intermediate_);
+    at(StageId::kProjectZ).lora_bytes += lora_bytes(LoraLayer::kDownA);
+    at(StageId::kDown).lora_bytes += lora_bytes(LoraLayer::kDownB);
   }
-  stage.activation_bytes += num_kept * 2 * ip * eb;
-  if (xa.rank > 0) stage.lora_bytes = touched_bytes(bytes_of(lora->packed(LoraLayer::kGateUpB, 0)));
-  traffic.stages.push_back(stage);
+  const WeightMatrix w = s_.weights.down(pass_.moe_index, static_cast<std::uint32_t>(expert_));
+  at(StageId::kDown).weight_bytes += bytes_of(w);
+  at(StageId::kDown).activation_bytes +=
+      rows_read(intermediate_, z_stays || s_.rank_d.width > 0, w.num_panels, pair_bytes(s_.ip)) + hidden_;
 }
 
-void ExpertCompute::State::count_project_z(const LoraLayer* lora) {
-  traffic.stages.push_back(
-      {.name = "z to rank",
-       .activation_bytes = routes.num_rows * ip * eb + written_bytes(za),
-       .lora_bytes = static_cast<std::int64_t>(row_tasks.size()) * bytes_of(lora->packed(LoraLayer::kDownA, 0))});
+void ExpertCompute::Account::backward() const {
+  const bool adapts = pass_.accumulate_to != nullptr;
+  if (pass_.recompute) {
+    gather(StageId::kGatherX, s_.rank_a, LoraLayer::kGateUpA);
+    gate_up(rows_);
+  }
+  const std::int64_t piece_bytes = 65536;  // Two of 32 KiB: the one at work and the next.
+  gather(StageId::kGatherDy, s_.rank_d, LoraLayer::kDownB);
+  const WeightMatrix down = s_.weights.down(pass_.moe_index, static_cast<std::uint32_t>(expert_));
+  const bool all_stays = fits(hidden_ + gate_up_ + (adapts ? intermediate_ : 0) + piece_bytes);
+  Traffic::Stage& p = at(StageId::kDifferentiate);
+  p.weight_bytes += bytes_of(down);
+  p.activation_bytes += rows_read(hidden_, true, s_.ip / kPanelRows, piece_bytes) + gate_up_ +
+                        unless(all_stays, gate_up_ + (adapts ? intermediate_ : 0));
+  if (s_.rank_d.width > 0) p.lora_bytes += lora_bytes(LoraLayer::kDownA);
+  Traffic::Stage& finish = at(StageId::kFinishRows);
+  if (adapts && s_.rank_d.width > 0) {
+    finish.activation_bytes += unless(all_stays, intermediate_);
+    finish.lora_bytes += lora_bytes(LoraLayer::kDownA);
+  }
+  if (s_.rank_a.width > 0) {
+    finish.activation_bytes += unless(all_stays, gate_up_);
+    finish.lora_bytes += lora_bytes(LoraLayer::kGateUpB);
+  }
+  const WeightMatrix w = s_.weights.gate_up(pass_.moe_index, static_cast<std::uint32_t>(expert_));
+  Traffic::Stage& dx = at(StageId::kGradX);
+  dx.weight_bytes += bytes_of(w);
+  dx.activation_bytes +=
+      rows_read(gate_up_, all_stays || s_.rank_a.width > 0, s_.hp / kPanelRows, piece_bytes) + hidden_;
+  if (s_.rank_a.width > 0) dx.lora_bytes += lora_bytes(LoraLayer::kGateUpA);
+  if (adapts) gradients();
 }
 
-void ExpertCompute::State::count_down(std::uint32_t moe_index, const LoraLayer* lora) {
-  Traffic::Stage stage{.name = "down", .weight_bytes = touched_bytes(bytes_of(weights.down(moe_index, 0)))};
-  stage.activation_bytes =
-      panel_pass_bytes({.row_bytes = (ip + za.rank) * eb, .panel_bytes = kernels::panel_stride_bytes(ip, eb)});
-  stage.activation_bytes += routes.num_rows * hp * eb;
-  if (za.rank > 0) stage.lora_bytes = touched_bytes(bytes_of(lora->packed(LoraLayer::kDownB, 0)));
-  traffic.stages.push_back(stage);
+void ExpertCompute::Account::gradients() const {
+  const LoraLayer& lora = *pass_.accumulate_to;
+  Traffic::Stage& stage = at(StageId::kLoraGradients);
+  const bool all_stays = fits(2 * hidden_ + gate_up_ + intermediate_);
+  if (s_.rank_a.width > 0) {
+    stage.activation_bytes += pass_.recompute ? unless(all_stays, hidden_) : rows_ * s_.h * s_.eb;
+    stage.activation_bytes += unless(fits(hidden_ + gate_up_), gate_up_);
+    if (!pass_.recompute) stage.lora_bytes += lora_bytes(LoraLayer::kGateUpA);
+  }
+  if (s_.rank_d.width > 0) stage.activation_bytes += unless(all_stays, hidden_ + intermediate_);
+  for (const AdapterTensor which : kAdapterTensors) {
+    if (lora.tensor(which).shape.rows > 0) stage.lora_bytes += 2 * lora.tensor(which).expert_size() * kFloatBytes;
+  }
 }
 
-void ExpertCompute::State::count_sum() {
+// Calls visit(expert, rows, sharing workers) for every block of the whole experts and every shared expert.
+template <class Visit>
+void ExpertCompute::State::for_each_account(const Visit& visit) const {
+  for (std::size_t n = 0; n < nodes.size(); ++n) {
+    for (const std::int32_t expert : nodes[n].plan.whole) {
+      const RowBlocks blocks(routes.rows_of(expert), rows_max);
+      for (std::int64_t b = 0; b < blocks.num_blocks; ++b) visit(expert, blocks.begin(b), blocks.begin(b + 1), 0);
+    }
+    for (const std::int32_t expert : nodes[n].plan.shared) {
+      visit(expert, 0, routes.rows_of(expert), pool.num_workers_of(static_cast<int>(n)));
+    }
+  }
+}
+
+void ExpertCompute::State::finish_account() {
   std::int64_t num_tokens = 0;
   for (const RoutesOfItem& item : batch) num_tokens += item.num_tokens;
-  traffic.stages.push_back({.name = "sum", .activation_bytes = (routes.num_rows * hp + num_tokens * h) * eb});
-}
-
-void ExpertCompute::State::count_p(std::uint32_t moe_index, const LoraLayer* lora) {
-  Traffic::Stage stage{.name = "p", .weight_bytes = touched_bytes(bytes_of(weights.down(moe_index, 0)))};
-  stage.activation_bytes = panel_pass_bytes(
-      {.row_bytes = (hp + yb.rank) * eb, .panel_bytes = hp * kPanelRows * eb, .num_passes = ip / kPanelRows});
-  stage.activation_bytes += routes.num_rows * ip * kFloatBytes;
-  if (yb.rank > 0) stage.lora_bytes = touched_bytes(bytes_of(lora->packed(LoraLayer::kDownA, 0)));
-  traffic.stages.push_back(stage);
-}
-
-void ExpertCompute::State::count_differentiate(const LoraLayer* lora, bool keep_z) {
-  // G and U, and P, in; dG and dU out.
-  Traffic::Stage stage{.name = "differentiate", .activation_bytes = routes.num_rows * (4 * ip * eb + ip * kFloatBytes)};
-  const auto num_tasks = static_cast<std::int64_t>(row_tasks.size());
-  if (keep_z) {
-    const std::int64_t matrix_bytes = bytes_of(lora->packed(LoraLayer::kDownA, 0));
-    stage.activation_bytes += routes.num_rows * ip * eb + row_pass_bytes(ip * eb, matrix_bytes) + written_bytes(za);
-    stage.lora_bytes += num_tasks * matrix_bytes;
+  Traffic::Stage& sum = traffic[StageId::kSum];
+  sum.activation_bytes += (routes.num_rows * hp + num_tokens * h) * eb;
+  if (nodes.size() > 1) {
+    const std::int64_t partial_bytes = num_tokens * h * kFloatBytes;
+    sum.activation_bytes += 2 * static_cast<std::int64_t>(nodes.size()) * partial_bytes;
+    traffic.link_bytes = static_cast<std::int64_t>(nodes.size() - 1) * partial_bytes;
   }
-  if (gb.rank > 0) {
-    const std::int64_t matrix_bytes = bytes_of(lora->packed(LoraLayer::kGateUpB, 0));
-    const std::int64_t panel_bytes = 2 * ip * kPanelRows * eb;  // Transposed, one at a time.
-    stage.activation_bytes += gb.rank / kPanelRows * row_pass_bytes(2 * ip * eb, panel_bytes) + written_bytes(gb);
-    stage.lora_bytes += num_tasks * matrix_bytes;
+  for (const Worker& worker : workers) {
+    for (std::size_t stage = 0; stage < kNumStages; ++stage)
+      traffic.stages[stage].seconds += worker.clock.seconds[stage];
   }
-  traffic.stages.push_back(stage);
 }
 
-void ExpertCompute::State::count_dx(std::uint32_t moe_index, const LoraLayer* lora) {
-  Traffic::Stage stage{.name = "dx", .weight_bytes = touched_bytes(bytes_of(weights.gate_up(moe_index, 0)))};
-  stage.activation_bytes = panel_pass_bytes(
-      {.row_bytes = (2 * ip + gb.rank) * eb, .panel_bytes = 2 * ip * kPanelRows * eb, .num_passes = hp / kPanelRows});
-  stage.activation_bytes += routes.num_rows * hp * eb;
-  if (gb.rank > 0) stage.lora_bytes = touched_bytes(bytes_of(lora->packed(LoraLayer::kGateUpA, 0)));
-  traffic.stages.push_back(stage);
+void ExpertCompute::State::account_forward(const Pass& pass) {
+  for_each_account([&](std::int32_t expert, std::int64_t begin, std::int64_t end, int num_sharing) {
+    std::int64_t num_kept = 0;
+    for (std::int64_t row = routes.begin_of(expert) + begin; row < routes.begin_of(expert) + end; ++row) {
+      const auto item = static_cast<std::size_t>(routes.item[static_cast<std::size_t>(row)]);
+      num_kept += pass.forward[item].save_gate_up != nullptr ? 1 : 0;
+    }
+    Account(*this, pass, expert, end - begin, num_sharing).forward(num_kept);
+  });
+  finish_account();
 }
 
-void ExpertCompute::State::count_gradients(const LoraLayer& lora) {
-  Traffic::Stage stage{.name = "lora gradients"};
-  const auto add = [&](AdapterTensor which, std::int64_t right_elements, std::int64_t rank) {
-    if (lora.tensor(which).shape.rows == 0) return;
-    stage.activation_bytes += routes.num_rows * (right_elements * eb + rank * kFloatBytes);
-    stage.lora_bytes += touched_bytes(2 * lora.tensor(which).expert_size() * kFloatBytes);
-  };
-  add(AdapterTensor::kGateA, hp, gb.rank);
-  add(AdapterTensor::kUpA, hp, gb.rank);
-  add(AdapterTensor::kGateB, ip, xa.rank);
-  add(AdapterTensor::kUpB, ip, xa.rank);
-  add(AdapterTensor::kDownA, ip, yb.rank);
-  add(AdapterTensor::kDownB, hp, za.rank);
-  traffic.stages.push_back(stage);
+void ExpertCompute::State::account_backward(const Pass& pass) {
+  for_each_account([&](std::int32_t expert, std::int64_t begin, std::int64_t end, int num_sharing) {
+    Account(*this, pass, expert, end - begin, num_sharing).backward();
+  });
+  finish_account();
 }
 
 }  // namespace kt::coproc

@@ -22,24 +22,40 @@ kernels::Panels WeightMatrix::elements(const kernels::KernelTable& table, std::i
   return {to, to_stride, count, k};
 }
 
-kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, std::int64_t q, Scratch& transposed,
-                                        Scratch& scratch) const {
-  constexpr std::int64_t kPanelsAtATime = 8;  // 16 KiB of bf16 that stay in L1 between the two steps.
+kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, const Piece& piece, Scratch& transposed,
+                                        Scratch& scratch, const kernels::Fetch& next) const {
   const std::int64_t block_bytes = kPanelRows * kPanelRows * table.element_bytes;
-  std::byte* to = transposed.ensure(num_panels * block_bytes);
-  const kernels::Panels result = {to, num_panels * block_bytes, 1, num_panels * kPanelRows};
+  const std::int64_t to_stride = kernels::panel_stride_bytes(piece.num_panels * kPanelRows, table.element_bytes);
+  std::byte* to = transposed.ensure(piece.count * to_stride);
+  const std::byte* from = data + piece.first * stride;
+  kernels::Panels source = {from, stride, piece.num_panels, k};
+  std::int64_t q = piece.q;
+  if (quantised) {
+    const std::int64_t columns = piece.count * kPanelRows;
+    const std::int64_t from_stride = piece.count * block_bytes;
+    std::byte* blocks = scratch.ensure(piece.num_panels * from_stride);
+    table.dequantise({from, stride, piece.num_panels, k, *quantised}, q * kPanelRows, columns, blocks, from_stride);
+    source = {blocks, from_stride, piece.num_panels, columns};
+    q = 0;
+  }
+  table.transpose_panels(source, q, piece.count, to, to_stride, next);
+  return {to, to_stride, piece.count, piece.num_panels * kPanelRows};
+}
+
+kernels::Fetch WeightMatrix::fetch(const Piece& piece, std::int64_t element_bytes) const {
   if (!quantised) {
-    table.transpose_panel({data, stride, num_panels, k}, q, to);
-    return result;
+    const std::int64_t block_bytes = kPanelRows * kPanelRows * element_bytes;
+    return {data + piece.first * stride + piece.q * block_bytes, piece.count * block_bytes, stride, piece.num_panels};
   }
-  std::byte* blocks = scratch.ensure(kPanelsAtATime * block_bytes);
-  for (std::int64_t first = 0; first < num_panels; first += kPanelsAtATime) {
-    const std::int64_t count = std::min(kPanelsAtATime, num_panels - first);
-    table.dequantise({data + first * stride, stride, count, k, *quantised}, q * kPanelRows, kPanelRows, blocks,
-                     block_bytes);
-    table.transpose_panel({blocks, block_bytes, count, kPanelRows}, 0, to + first * block_bytes);
-  }
-  return result;
+  // Each group begins with its scales; those of the first one come along only if it begins here.
+  const std::int64_t k_begin = piece.q * kPanelRows;
+  const std::int64_t k_end = k_begin + piece.count * kPanelRows;
+  const auto offset = [&](std::int64_t column) {
+    return column / quantised->group * kernels::quant_group_bytes(*quantised) +
+           (column % quantised->group == 0 ? 0 : kernels::kQuantScaleBytes) +
+           column % quantised->group * kPanelRows * quantised->bits / 8;
+  };
+  return {data + piece.first * stride + offset(k_begin), offset(k_end) - offset(k_begin), stride, piece.num_panels};
 }
 
 // One mapping, expert after expert, layer after layer: gate_up panels, then down panels.

@@ -18,15 +18,31 @@ namespace kt::coproc {
 // add 3 % to the bytes of int8 and 6 % to those of int4.
 std::optional<kernels::QuantFormat> quantised_format(std::string_view weight_format);
 
-// A packed matrix as it is kept: panels of elements, or quantised ones. Kernels multiply by elements only.
+// A packed matrix as it is kept: panels of elements, or quantised ones.
 struct WeightMatrix {
   // Panels [begin, begin + count) as elements: where they lie, or dequantised into `scratch`.
   kernels::Panels elements(const kernels::KernelTable& table, std::int64_t begin, std::int64_t count,
                            Scratch& scratch) const;
-  // Panel q of the transpose, in `transposed`. Quantised weights pass through `scratch` as they do in elements(): both
-  // directions multiply by the same numbers.
-  kernels::Panels transpose(const kernels::KernelTable& table, std::int64_t q, Scratch& transposed,
-                            Scratch& scratch) const;
+  kernels::QuantPanels integers(std::int64_t begin, std::int64_t count) const {
+    return {data + begin * stride, stride, count, k, *quantised};
+  }
+  // Panels q … q + count - 1 of the transpose, in `transposed`, as far as they come from panels [first, first +
+  // num_panels). Quantised weights pass through `scratch` as they do in elements(): both directions multiply by the
+  // same numbers.
+  struct Piece {
+    std::int64_t q = 0;
+    std::int64_t count = 1;
+    std::int64_t first = 0;
+    std::int64_t num_panels = 0;
+  };
+  kernels::Panels transpose(const kernels::KernelTable& table, const Piece& piece, Scratch& transposed,
+                            Scratch& scratch, const kernels::Fetch& next) const;
+
+  // What will be read for panels [begin, begin + count), or for a piece of the transpose.
+  kernels::Fetch fetch(std::int64_t begin, std::int64_t count) const {
+    return {data + begin * stride, count * stride, 0, 1};
+  }
+  kernels::Fetch fetch(const Piece& piece, std::int64_t element_bytes) const;
 
   const std::byte* data = nullptr;
   std::int64_t stride = 0;  // Bytes.

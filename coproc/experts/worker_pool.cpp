@@ -1,6 +1,6 @@
 // How run() and the helpers meet. `gate` holds an open bit and the number of helpers inside.
 //
-//   run()    writes the job (task, num_tasks, next = 0), opens the gate (G0), bumps `generation` and wakes sleepers,
+//   run()    writes the job (task, the lists), opens the gate (G0), bumps `generation` and wakes sleepers,
 //            works, closes the gate, waits until nobody is inside (G3)
 //   helper   waits for another generation, enters if the gate is open (G1), works, leaves (G2)
 //
@@ -69,10 +69,18 @@ void pin_this_thread(int cpu) {
 struct WorkerPool::State {
   struct alignas(128) Worker {
     std::atomic<std::uint64_t> busy_ns{0};
+    std::atomic<std::uint64_t> stolen{0};
+    int cpu = -1;
+    std::size_t node = 0;
     std::thread thread;  // Not of worker 0.
   };
+  // Tasks of a node, or of everybody. On a cache line of its own: `next` is taken by everybody in every task.
+  struct alignas(128) List {
+    std::atomic<std::int64_t> next{0};
+    std::int64_t num_tasks = 0;
+  };
 
-  explicit State(std::vector<int> cpus_in) : cpus(std::move(cpus_in)), workers(cpus.size()) {}
+  explicit State(const std::vector<std::vector<int>>& cpus_of_nodes);
 
   void help(int worker);
   bool enter();
@@ -80,13 +88,12 @@ struct WorkerPool::State {
   void work(int worker);
   void close_and_wait();
 
-  // Each of the three on a cache line of its own: `next` is taken by everybody in every task.
-  alignas(128) std::atomic<std::int64_t> next{0};
   alignas(128) std::atomic<std::uint32_t> gate{0};
   alignas(128) std::atomic<std::uint32_t> generation{0};
-  alignas(128) const std::function<void(std::int64_t, int)>* task = nullptr;
-  std::int64_t num_tasks = 0;
-  std::vector<int> cpus;
+  alignas(128) const NodeTask* task = nullptr;
+  std::size_t num_lists = 0;  // In this run: 1, or one per node.
+  std::vector<List> lists;    // One per node.
+  std::vector<int> num_workers_of;
   std::vector<Worker> workers;
   bool caller_pinned = false;
   std::atomic<bool> stop{false};
@@ -108,18 +115,28 @@ void WorkerPool::State::leave() {
 }
 
 void WorkerPool::State::work(int worker) {
-  std::int64_t index = next.fetch_add(1, std::memory_order_relaxed);
-  if (index >= num_tasks) return;
+  Worker& me = workers[static_cast<std::size_t>(worker)];
   const auto begin = Clock::now();
-  for (; index < num_tasks; index = next.fetch_add(1, std::memory_order_relaxed)) (*task)(index, worker);
+  bool worked = false;
+  for (std::size_t n = 0; n < num_lists; ++n) {
+    const std::size_t list_idx = (me.node + n) % num_lists;
+    List& list = lists[list_idx];
+    while (true) {
+      const std::int64_t index = list.next.fetch_add(1, std::memory_order_relaxed);
+      if (index >= list.num_tasks) break;
+      worked = true;
+      if (n > 0) me.stolen.fetch_add(1, std::memory_order_relaxed);
+      (*task)(static_cast<int>(list_idx), index, worker);
+    }
+  }
+  if (!worked) return;
   const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin);
-  workers[static_cast<std::size_t>(worker)].busy_ns.fetch_add(static_cast<std::uint64_t>(spent.count()),
-                                                              std::memory_order_relaxed);
+  me.busy_ns.fetch_add(static_cast<std::uint64_t>(spent.count()), std::memory_order_relaxed);
 }
 
 void WorkerPool::State::help(int worker) {
   ::pthread_setname_np(::pthread_self(), ("kt-worker-" + std::to_string(worker)).c_str());
-  pin_this_thread(cpus[static_cast<std::size_t>(worker)]);
+  pin_this_thread(workers[static_cast<std::size_t>(worker)].cpu);
   std::uint32_t seen = 0;
   while (true) {
     const auto has_news = [&] { return generation.load(std::memory_order_acquire) != seen; };
@@ -143,8 +160,28 @@ void WorkerPool::State::close_and_wait() {
   }
 }
 
-WorkerPool::WorkerPool(std::vector<int> cpus) : state_(std::make_unique<State>(std::move(cpus))) {
-  KT_CHECK(!state_->cpus.empty());
+WorkerPool::State::State(const std::vector<std::vector<int>>& cpus_of_nodes) : lists(cpus_of_nodes.size()) {
+  std::size_t num_workers = 0;
+  for (const std::vector<int>& cpus : cpus_of_nodes) {
+    KT_CHECK(!cpus.empty());
+    num_workers_of.push_back(static_cast<int>(cpus.size()));
+    num_workers += cpus.size();
+  }
+  workers = std::vector<Worker>(num_workers);
+  std::size_t worker = 0;
+  for (std::size_t node = 0; node < cpus_of_nodes.size(); ++node) {
+    for (const int cpu : cpus_of_nodes[node]) {
+      workers[worker].node = node;
+      workers[worker++].cpu = cpu;
+    }
+  }
+}
+
+WorkerPool::WorkerPool(std::vector<int> cpus) : WorkerPool(std::vector<std::vector<int>>{std::move(cpus)}) {}
+
+WorkerPool::WorkerPool(const std::vector<std::vector<int>>& cpus_of_nodes)
+    : state_(std::make_unique<State>(cpus_of_nodes)) {
+  KT_CHECK(!state_->workers.empty());
   for (std::size_t i = 1; i < state_->workers.size(); ++i) {
     state_->workers[i].thread = std::thread([state = state_.get(), i] { state->help(static_cast<int>(i)); });
   }
@@ -160,16 +197,26 @@ WorkerPool::~WorkerPool() {
 }
 
 void WorkerPool::run(std::int64_t num_tasks, const std::function<void(std::int64_t task, int worker)>& task) {
+  run_on_nodes({&num_tasks, 1}, [&](int, std::int64_t index, int worker) { task(index, worker); });
+}
+
+void WorkerPool::run_on_nodes(std::span<const std::int64_t> num_tasks, const NodeTask& task) {
   State& s = *state_;
+  KT_CHECK(num_tasks.size() == 1 || num_tasks.size() == s.lists.size());
   if (!s.caller_pinned) {
     s.caller_pinned = true;
-    pin_this_thread(s.cpus[0]);
+    pin_this_thread(s.workers[0].cpu);
   }
-  if (num_tasks <= 0) return;
+  std::int64_t total = 0;
+  for (std::size_t list = 0; list < num_tasks.size(); ++list) {
+    s.lists[list].num_tasks = num_tasks[list];
+    s.lists[list].next.store(0, std::memory_order_relaxed);
+    total += num_tasks[list];
+  }
+  if (total <= 0) return;
   s.task = &task;
-  s.num_tasks = num_tasks;
-  s.next.store(0, std::memory_order_relaxed);
-  const bool alone = num_tasks == 1 || s.workers.size() == 1;
+  s.num_lists = num_tasks.size();
+  const bool alone = (total == 1 && s.num_lists == 1) || s.workers.size() == 1;
   if (alone) {
     s.work(0);
     return;
@@ -182,10 +229,18 @@ void WorkerPool::run(std::int64_t num_tasks, const std::function<void(std::int64
 }
 
 int WorkerPool::num_workers() const { return static_cast<int>(state_->workers.size()); }
+int WorkerPool::num_nodes() const { return static_cast<int>(state_->lists.size()); }
+int WorkerPool::num_workers_of(int node) const { return state_->num_workers_of[static_cast<std::size_t>(node)]; }
 
 std::uint64_t WorkerPool::busy_ns() const {
   std::uint64_t sum = 0;
   for (const auto& worker : state_->workers) sum += worker.busy_ns.load(std::memory_order_relaxed);
+  return sum;
+}
+
+std::uint64_t WorkerPool::stolen_tasks() const {
+  std::uint64_t sum = 0;
+  for (const auto& worker : state_->workers) sum += worker.stolen.load(std::memory_order_relaxed);
   return sum;
 }
 

@@ -33,10 +33,10 @@ struct HardwareTile {
   }
 };
 
-void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
-          bool accumulate) {
+void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
+          const Fetch& next) {
   HardwareTile tile;
-  multiply(tile, {static_cast<const Element*>(a), lda, w, c, ldc, accumulate}, m);
+  multiply(tile, {static_cast<const Element*>(a), lda, w, c, ldc, accumulate, next}, m);
 }
 
 }  // namespace

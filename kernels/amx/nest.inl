@@ -46,6 +46,7 @@ struct Product {
   float* c;
   std::int64_t ldc;
   bool accumulate;
+  Fetch next;
 };
 
 // The rows of the first and second row tiles of a Block; second is 0 where there is only one row.
@@ -71,22 +72,14 @@ TileConfig strip_config(std::int64_t rows) {
   return config;
 }
 
-// One part of `num_shares` of the panels that come next: all parts together bring all of them to L2 while the present
-// ones are multiplied. A panel is larger than L1, hence not there.
-struct Prefetch {
-  const std::byte* next = nullptr;
-  std::int64_t stride = 0;
-  std::int64_t num_panels = 0;
-  std::int64_t share = 0;
-  std::int64_t num_shares = 1;
-
-  void operator()(std::int64_t step) const {
-    if (num_panels == 0 || step % num_shares != share) return;
-    for (std::int64_t panel = 0; panel < num_panels; ++panel)
-      for (std::int64_t line = 0; line < kStepBytes; line += kTileBytes)
-        __builtin_prefetch(next + panel * stride + step * kStepBytes + line, 0, 2);
-  }
-};
+// What to fetch while panels up to `panel` are multiplied: up to `count` panels behind them, behind the last what the
+// caller reads next. Only the first pass over the panels fetches.
+Fetch fetch_behind(const Product& p, std::int64_t panel, std::int64_t count, bool first_pass) {
+  if (!first_pass) return {};
+  const std::int64_t left = p.w.num_panels - panel - 1;
+  if (left == 0) return p.next;
+  return {p.w.data + (panel + 1) * p.w.stride, p.w.k / kStep * kStepBytes, p.w.stride, left < count ? left : count};
+}
 
 template <int kTile, typename Tile>
 void start_sum(Tile& tile, const float* c, std::int64_t ldc, bool accumulate) {
@@ -100,7 +93,7 @@ void start_sum(Tile& tile, const float* c, std::int64_t ldc, bool accumulate) {
 // Adds steps [begin, end) to one Block: rows of A and C from `row`, columns of `panel`. kTwo: it has second rows.
 template <bool kTwo, typename Tile>
 void multiply_block(Tile& tile, const Product& p, std::int64_t row, BlockRows rows, std::int64_t panel,
-                    std::int64_t begin, std::int64_t end, const Prefetch& prefetch) {
+                    std::int64_t begin, std::int64_t end, Fetcher& fetcher) {
   const bool accumulate = p.accumulate || begin > 0;
   float* c = p.c + row * p.ldc + panel * kPanelRows;
   float* c_second = c + rows.first * p.ldc;
@@ -123,7 +116,7 @@ void multiply_block(Tile& tile, const Product& p, std::int64_t row, BlockRows ro
     tile.template load<7>(b + kTileBytes, kPanelLineBytes);
     tile.template dot<1, 4, 7>();
     if constexpr (kTwo) tile.template dot<3, 5, 7>();
-    prefetch(step);
+    fetcher.tick();
   }
   tile.template store<0>(c, p.ldc * 4);
   tile.template store<1>(c + 16, p.ldc * 4);
@@ -135,7 +128,8 @@ void multiply_block(Tile& tile, const Product& p, std::int64_t row, BlockRows ro
 
 // All of k of one Strip: panels `panel` and `panel` + 1.
 template <typename Tile>
-void multiply_strip(Tile& tile, const Product& p, std::int64_t row, std::int64_t panel, const Prefetch& prefetch) {
+void multiply_strip(Tile& tile, const Product& p, std::int64_t row, std::int64_t panel, bool first_pass) {
+  Fetcher fetcher(fetch_behind(p, panel + 1, 2, first_pass), p.w.k / kStep);
   float* c = p.c + row * p.ldc + panel * kPanelRows;
   start_sum<0>(tile, c, p.ldc, p.accumulate);
   start_sum<1>(tile, c + 16, p.ldc, p.accumulate);
@@ -153,7 +147,7 @@ void multiply_strip(Tile& tile, const Product& p, std::int64_t row, std::int64_t
     tile.template dot<2, 4, 7>();
     tile.template load<5>(b_second + kTileBytes, kPanelLineBytes);
     tile.template dot<3, 4, 5>();
-    prefetch(step);
+    fetcher.tick();
   }
   tile.template store<0>(c, p.ldc * 4);
   tile.template store<1>(c + 16, p.ldc * 4);
@@ -166,21 +160,20 @@ void multiply_strip(Tile& tile, const Product& p, std::int64_t row, std::int64_t
 // the 64 that A and B would need).
 template <typename Tile>
 void multiply_blocks(Tile& tile, const Product& p, std::int64_t row, std::int64_t num_blocks, BlockRows rows,
-                     std::int64_t panel, bool fetch) {
+                     std::int64_t panel, bool first_pass) {
   constexpr std::int64_t kStepsInL1 = 8;
   const std::int64_t num_steps = p.w.k / kStep;
   const std::int64_t steps = num_blocks > 1 && num_steps > kStepsInL1 ? kStepsInL1 : num_steps;
   tile.configure(block_config(rows));
   for (; panel < p.w.num_panels; ++panel) {
-    const std::int64_t num_next = fetch && panel + 1 < p.w.num_panels ? 1 : 0;
+    Fetcher fetcher(fetch_behind(p, panel, 1, first_pass), num_blocks * num_steps);
     std::int64_t begin = 0;
     do {  // once for k = 0 too: C becomes zero
       const std::int64_t end = begin + steps < num_steps ? begin + steps : num_steps;
       for (std::int64_t block = 0; block < num_blocks; ++block) {
-        const Prefetch prefetch = {p.w.data + (panel + 1) * p.w.stride, 0, num_next, block, num_blocks};
         const std::int64_t first = row + block * (rows.first + rows.second);
         const auto multiply = rows.second > 0 ? multiply_block<true, Tile> : multiply_block<false, Tile>;
-        multiply(tile, p, first, rows, panel, begin, end, prefetch);
+        multiply(tile, p, first, rows, panel, begin, end, fetcher);
       }
       begin = end;
     } while (begin < num_steps);
@@ -190,15 +183,11 @@ void multiply_blocks(Tile& tile, const Product& p, std::int64_t row, std::int64_
 // Up to 16 rows: Strips, and for a lone last panel a Block of the two halves of the rows, which keeps four accumulators
 // in flight.
 template <typename Tile>
-void multiply_few_rows(Tile& tile, const Product& p, std::int64_t row, std::int64_t rows, bool fetch) {
+void multiply_few_rows(Tile& tile, const Product& p, std::int64_t row, std::int64_t rows, bool first_pass) {
   const std::int64_t num_paired = p.w.num_panels / 2 * 2;
   if (num_paired > 0) tile.configure(strip_config(rows));
-  for (std::int64_t panel = 0; panel < num_paired; panel += 2) {
-    const std::int64_t left = p.w.num_panels - panel - 2;
-    const std::int64_t num_next = fetch ? (left < 2 ? left : 2) : 0;
-    multiply_strip(tile, p, row, panel, {p.w.data + (panel + 2) * p.w.stride, p.w.stride, num_next, 0, 1});
-  }
-  if (num_paired < p.w.num_panels) multiply_blocks(tile, p, row, 1, halves(rows), num_paired, fetch);
+  for (std::int64_t panel = 0; panel < num_paired; panel += 2) multiply_strip(tile, p, row, panel, first_pass);
+  if (num_paired < p.w.num_panels) multiply_blocks(tile, p, row, 1, halves(rows), num_paired, first_pass);
 }
 
 // Row tiles as few and as equal as can be: Blocks of one size, then the rest, for which the panels are in L2.

@@ -16,10 +16,12 @@ constexpr int kLanes = 16;
 #include "kernels/avx512/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
+#include "kernels/generic/fetch.inl"
 #include "kernels/generic/quantised.inl"
 #include "kernels/avx512/transpose.inl"
 #include "kernels/amx/nest.inl"
 #include "kernels/amx/gemm.inl"
+#include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"
 // clang-format on
@@ -29,11 +31,15 @@ constinit const KernelTable kTable = {
     .name = "amx",
     .required = kAmxBf16 | kAvx512Bf16,
     .element_bytes = sizeof(Element),
+    .k_multiple = 32,
+    .l2_bytes = 2 << 20,
+    .quantised_rows_max = 0,
     .pack = pack,
     .quantise = quantise,
     .dequantise = dequantise,
-    .transpose_panel = transpose_panel,
+    .transpose_panels = transpose_panels,
     .gemm = gemm,
+    .quantised_gemm = quantised_gemm,
     .round_rows = round_rows,
     .gather = gather,
     .swiglu = swiglu,

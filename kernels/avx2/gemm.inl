@@ -1,4 +1,4 @@
-// gemm and transpose_panel with AVX2 and FMA: acc = fma(a, b, acc), k ascending, on bf16 widened to fp32, which is
+// gemm and transpose_panels with AVX2 and FMA: acc = fma(a, b, acc), k ascending, on bf16 widened to fp32, which is
 // exact. B is widened in registers on its way from the panel: two operations for 16 weights, which the ports beside the
 // two of FMA do. A comes broadcast from memory and must be fp32 there: its rows are widened into scratch on the stack,
 // those of the next product between the operations of this one. No include guard: see kernels/README.md.
@@ -12,9 +12,8 @@ constexpr std::int64_t kVectorsPerPair = kPairBytes / kVectorBytes;
 constexpr std::int64_t kLineBytes = 64;
 constexpr std::int64_t kStep = 2 * kLanes;  // k in one vector of A before widening
 constexpr std::int64_t kStepPairs = kStep / 2;
-constexpr std::int64_t kBlockK = 1024;                 // k at a time: 6 widened rows are 24 KiB
-constexpr std::int64_t kRowFloats = kBlockK + kStep;   // one cache line more: rows then start in different L1 sets
-constexpr std::int64_t kFetchBytes = 32 * kPairBytes;  // how far ahead of the product a panel is brought to cache
+constexpr std::int64_t kBlockK = 1024;                // k at a time: 6 widened rows are 24 KiB
+constexpr std::int64_t kRowFloats = kBlockK + kStep;  // one cache line more: rows then start in different L1 sets
 
 inline F32 even_elements(U32 pairs) { return as_f32(pairs << 16); }
 inline F32 odd_elements(U32 pairs) { return as_f32(pairs & 0xffff0000u); }
@@ -59,22 +58,18 @@ template <std::int64_t R, std::int64_t V>
   });
 }
 
-// C[R, V vectors] from R widened rows and as many columns of a panel. On the way widens the rows that come next and, if
-// `fetch`, brings the panel to cache.
+// C[R, V vectors] from R widened rows and as many columns of a panel. On the way widens the rows that come next; one
+// tick of the fetcher for each kStep of k.
 template <std::int64_t R, std::int64_t V>
 void multiply_rows(const float* a, const std::byte* panel, std::int64_t k, float* c, std::int64_t ldc, bool accumulate,
-                   const Widening& next, bool fetch) {
+                   const Widening& next, Fetcher& fetcher) {
   Vectors<R * V> acc;
   if (accumulate) {
     unrolled<R * V>([&](auto i) __attribute__((always_inline)) { acc[i] = load(c + i / V * ldc + i % V * kLanes); });
   }
   for (std::int64_t step = 0; step < k; step += kStep) {
     if (step < next.k) widen_step(next, step);
-    if (fetch) {
-      for (std::int64_t i = 0; i < kStepPairs; ++i)
-        for (std::int64_t line = 0; line < V * kVectorBytes; line += kLineBytes)
-          __builtin_prefetch(panel + kFetchBytes + i * kPairBytes + line);
-    }
+    fetcher.tick();
     unrolled<kStepPairs>([&](auto i) __attribute__((always_inline)) {
       const std::byte* pair = panel + i * kPairBytes;
       Vectors<V> b;
@@ -94,26 +89,26 @@ void multiply_rows(const float* a, const std::byte* panel, std::int64_t k, float
 // R rows of C, all panels of w from its k on.
 template <std::int64_t R>
 void multiply_panels(const float* a, const Panels& w, float* c, std::int64_t ldc, bool accumulate, const Widening& next,
-                     bool fetch) {
+                     Fetcher& fetcher) {
   constexpr std::int64_t kVectors = R <= 2 ? 4 : 2;  // at least 4 chains of additions, better 8: FMA takes 4 cycles
   const Widening nothing = {};
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
     for (std::int64_t v = 0; v < kVectorsPerPair; v += kVectors) {
       multiply_rows<R, kVectors>(a, w.data + panel * w.stride + v * kVectorBytes, w.k,
                                  c + panel * kPanelRows + v * kLanes, ldc, accumulate,
-                                 panel == 0 && v == 0 ? next : nothing, fetch);
+                                 panel == 0 && v == 0 ? next : nothing, fetcher);
     }
   }
 }
 
-using MultiplyPanels = void (*)(const float*, const Panels&, float*, std::int64_t, bool, const Widening&, bool);
+using MultiplyPanels = void (*)(const float*, const Panels&, float*, std::int64_t, bool, const Widening&, Fetcher&);
 constexpr MultiplyPanels kMultiplyPanels[kRowsMax] = {multiply_panels<1>, multiply_panels<2>, multiply_panels<3>,
                                                       multiply_panels<4>, multiply_panels<5>, multiply_panels<6>};
 
 // Chunks of rows as equal as can be: 7 rows are 3 + 4, not 6 + 1, whose single row would wait for its own additions.
 // Between blocks of k the accumulators rest in C: storing a float does not round it.
-void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
-          bool accumulate) {
+void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
+          const Fetch& fetch) {
   if (m == 0) return;
   alignas(kLineBytes) float widened[2][kRowsMax * kRowFloats];  // of this chunk and of the next one
   const std::int64_t num_chunks = (m + kRowsMax - 1) / kRowsMax;
@@ -123,6 +118,8 @@ void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, floa
     return Widening{static_cast<const Element*>(a) + first_row(chunk) * lda + (left > 0 ? k : 0), lda,
                     first_row(chunk + 1) - first_row(chunk), left < kBlockK ? left : kBlockK, to};
   };
+  const std::int64_t products_per_panel = m <= 2 ? 1 : 2;  // as kVectors has it
+  Fetcher fetcher(fetch, num_chunks * w.num_panels * products_per_panel * (w.k / kStep));
   int current = 0;
   const Widening first = widening(0, 0, widened[current]);
   for (std::int64_t step = 0; step < first.k; step += kStep) widen_step(first, step);
@@ -136,7 +133,7 @@ void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, floa
       const Widening next = widening(last ? 0 : chunk + 1, last ? k + kBlockK : k, widened[1 - current]);
       const std::int64_t row = first_row(chunk);
       kMultiplyPanels[first_row(chunk + 1) - row - 1](widened[current], block, c + row * ldc, ldc, accumulate || k > 0,
-                                                      next, chunk == 0);
+                                                      next, fetcher);
       current = 1 - current;
     }
   }
@@ -163,20 +160,22 @@ inline void transpose_words(const std::byte* in, std::byte* out) {
   }
 }
 
-// A 32 × 32 block is 16 × 16 words of pairs of rows by pairs of columns. The blocks lie a panel apart, where no
-// hardware looks for them: each one is fetched while its second predecessor is transposed.
-void transpose_panel(const Panels& w, std::int64_t q, void* out) {
+// A 32 × 32 block is 16 × 16 words of pairs of rows by pairs of columns.
+void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
+                      const Fetch& next) {
   constexpr std::int64_t kPairs = kPanelRows / 2;
   constexpr std::int64_t kBlockBytes = kPairs * kPairBytes;
+  Fetcher fetcher(next, w.num_panels * count * 4);
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
-    const std::byte* in = w.data + panel * w.stride + q * kBlockBytes;
-    std::byte* to = static_cast<std::byte*>(out) + panel * kBlockBytes;
-    if (panel + 2 < w.num_panels) {
-      for (std::int64_t line = 0; line < kBlockBytes; line += kLineBytes) __builtin_prefetch(in + 2 * w.stride + line);
+    for (std::int64_t column = 0; column < count; ++column) {
+      const std::byte* in = w.data + panel * w.stride + (q + column) * kBlockBytes;
+      std::byte* to = static_cast<std::byte*>(out) + column * out_stride + panel * kBlockBytes;
+      for (std::int64_t i = 0; i < kPairs; i += 4) {
+        fetcher.tick();
+        for (std::int64_t j = 0; j < kPairs; j += 4)
+          transpose_words(in + i * kPairBytes + j * 8, to + j * kPairBytes + i * 8);
+      }
     }
-    for (std::int64_t i = 0; i < kPairs; i += 4)
-      for (std::int64_t j = 0; j < kPairs; j += 4)
-        transpose_words(in + i * kPairBytes + j * 8, to + j * kPairBytes + i * 8);
   }
 }
 

@@ -12,67 +12,53 @@ inline F32 dot_pair(F32 acc, const Element* a, __m512bh b) {
   return _mm512_dpbf16_ps(acc, b, __builtin_bit_cast(__m512bh, _mm512_set1_epi32(pair)));
 }
 
-// What one call of multiply_rows brings to cache while it computes: blocks first, first + step, … of the panels that
-// come next. All calls on the same panels together fetch all of it, a little at a time.
-struct Prefetch {
-  const std::byte* next;  // null: nothing follows
-  std::int64_t first;
-  std::int64_t step;
-};
-
-// C[R, 32·P] from R rows of A and P panels, `stride` bytes apart.
+// C[R, 32·P] from R rows of A and P panels, `stride` bytes apart. One tick of the fetcher for each pair of k.
 template <std::int64_t R, std::int64_t P>
 void multiply_rows(const Element* a, std::int64_t lda, const std::byte* panel, std::int64_t stride, std::int64_t k,
-                   float* c, std::int64_t ldc, bool accumulate, Prefetch prefetch) {
+                   float* c, std::int64_t ldc, bool accumulate, Fetcher& fetcher) {
   constexpr std::int64_t kVectors = 2 * P;
   Vectors<R * kVectors> acc;
   if (accumulate) {
     for (std::int64_t r = 0; r < R; ++r)
       for (std::int64_t v = 0; v < kVectors; ++v) acc[r * kVectors + v] = load(c + r * ldc + v * kLanes);
   }
-  std::int64_t next_fetch = prefetch.next == nullptr ? -1 : prefetch.first;
-  for (std::int64_t block = 0; block * kPanelRows < k; ++block) {
-    const bool fetch = block == next_fetch;
-    if (fetch) next_fetch += prefetch.step;
-    for (std::int64_t i = 0; i < kPairsPerBlock; ++i) {
-      const std::int64_t pair = block * kPairsPerBlock + i;
-      __m512bh b[static_cast<std::size_t>(kVectors)];
+  Fetcher fetch = fetcher;
+  for (std::int64_t pair = 0; pair < k / 2; ++pair) {
+    __m512bh b[static_cast<std::size_t>(kVectors)];
+    for (std::int64_t v = 0; v < kVectors; ++v)
+      __builtin_memcpy(&b[v], panel + v / 2 * stride + pair * kPairBytes + v % 2 * kLineBytes, kLineBytes);
+    fetch.tick();
+    for (std::int64_t r = 0; r < R; ++r)
       for (std::int64_t v = 0; v < kVectors; ++v)
-        __builtin_memcpy(&b[v], panel + v / 2 * stride + pair * kPairBytes + v % 2 * kLineBytes, kLineBytes);
-      if (fetch) {
-        for (std::int64_t v = 0; v < kVectors; ++v)
-          __builtin_prefetch(prefetch.next + v / 2 * stride + pair * kPairBytes + v % 2 * kLineBytes);
-      }
-      for (std::int64_t r = 0; r < R; ++r)
-        for (std::int64_t v = 0; v < kVectors; ++v)
-          acc[r * kVectors + v] = dot_pair(acc[r * kVectors + v], a + r * lda + 2 * pair, b[v]);
-    }
+        acc[r * kVectors + v] = dot_pair(acc[r * kVectors + v], a + r * lda + 2 * pair, b[v]);
   }
+  fetcher = fetch;
   for (std::int64_t r = 0; r < R; ++r)
     for (std::int64_t v = 0; v < kVectors; ++v) store(c + r * ldc + v * kLanes, acc[r * kVectors + v]);
 }
 
 using MultiplyRows = void (*)(const Element*, std::int64_t, const std::byte*, std::int64_t, std::int64_t, float*,
-                              std::int64_t, bool, Prefetch);
+                              std::int64_t, bool, Fetcher&);
 template <std::int64_t P>
 constexpr MultiplyRows kMultiplyRows[kRowsMax] = {multiply_rows<1, P>, multiply_rows<2, P>, multiply_rows<3, P>,
                                                   multiply_rows<4, P>, multiply_rows<5, P>, multiply_rows<6, P>};
 
 // Chunks of rows as equal as can be: 7 rows are 4 + 3, not 6 + 1, whose single row would wait for its own additions.
-void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
-          bool accumulate) {
+void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
+          const Fetch& next) {
   const std::int64_t num_chunks = (m + kRowsMax - 1) / kRowsMax;
   for (std::int64_t panel = 0; panel < w.num_panels; panel += 2) {
     const bool two = panel + 1 < w.num_panels;
     const std::byte* data = w.data + panel * w.stride;
-    const std::byte* next =
-        panel + 3 < w.num_panels ? data + 2 * w.stride : nullptr;  // a lone last panel is not fetched
+    const std::int64_t left = w.num_panels - panel - 2;
+    Fetcher fetcher(left > 0 ? Fetch{data + 2 * w.stride, w.k * kPairBytes / 2, w.stride, left < 2 ? left : 2} : next,
+                    num_chunks * w.k / 2);
     std::int64_t row = 0;
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       const std::int64_t rows = (m - row + num_chunks - chunk - 1) / (num_chunks - chunk);
       const MultiplyRows multiply = (two ? kMultiplyRows<2> : kMultiplyRows<1>)[rows - 1];
       multiply(static_cast<const Element*>(a) + row * lda, lda, data, w.stride, w.k, c + row * ldc + panel * kPanelRows,
-               ldc, accumulate, {next, chunk, num_chunks});
+               ldc, accumulate, fetcher);
       row += rows;
     }
   }

@@ -16,9 +16,11 @@ constexpr int kLanes = 16;
 #include "kernels/avx512/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
+#include "kernels/generic/fetch.inl"
 #include "kernels/generic/quantised.inl"
 #include "kernels/avx512/transpose.inl"
 #include "kernels/avx512/gemm.inl"
+#include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"
 // clang-format on
@@ -28,11 +30,15 @@ constinit const KernelTable kTable = {
     .name = "avx512",
     .required = kAvx512Bf16,
     .element_bytes = sizeof(Element),
+    .k_multiple = 16,
+    .l2_bytes = 1 << 20,
+    .quantised_rows_max = 4,
     .pack = pack,
     .quantise = quantise,
     .dequantise = dequantise,
-    .transpose_panel = transpose_panel,
+    .transpose_panels = transpose_panels,
     .gemm = gemm,
+    .quantised_gemm = quantised_gemm,
     .round_rows = round_rows,
     .gather = gather,
     .swiglu = swiglu,

@@ -1,4 +1,4 @@
-// transpose_panel of bf16 panels in 512-bit shuffles: of the tables avx512 and amx. No include guard: see
+// transpose_panels of bf16 panels in 512-bit shuffles: of the tables avx512 and amx. No include guard: see
 // kernels/README.md.
 namespace {
 
@@ -35,14 +35,21 @@ void transpose_words(const std::byte* in, std::byte* out) {
 }
 
 // A 32 × 32 block is 16 × 16 words of pairs of rows by pairs of columns: four transpositions of 8 × 8.
-void transpose_panel(const Panels& w, std::int64_t q, void* out) {
+void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
+                      const Fetch& next) {
   constexpr std::int64_t kBlockBytes = kPairsPerBlock * kPairBytes;
+  Fetcher fetcher(next, w.num_panels * count * 4);
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
-    const std::byte* in = w.data + panel * w.stride + q * kBlockBytes;
-    std::byte* to = static_cast<std::byte*>(out) + panel * kBlockBytes;
-    for (std::int64_t i = 0; i < 2; ++i)
-      for (std::int64_t j = 0; j < 2; ++j)
-        transpose_words(in + i * 8 * kPairBytes + j * kLineBytes, to + j * 8 * kPairBytes + i * kLineBytes);
+    for (std::int64_t column = 0; column < count; ++column) {
+      const std::byte* in = w.data + panel * w.stride + (q + column) * kBlockBytes;
+      std::byte* to = static_cast<std::byte*>(out) + column * out_stride + panel * kBlockBytes;
+      for (std::int64_t i = 0; i < 2; ++i) {
+        for (std::int64_t j = 0; j < 2; ++j) {
+          fetcher.tick();
+          transpose_words(in + i * 8 * kPairBytes + j * kLineBytes, to + j * 8 * kPairBytes + i * kLineBytes);
+        }
+      }
+    }
   }
 }
 

@@ -12,18 +12,18 @@ void round_rows(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t 
 }
 
 void sum_routes(const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight, std::int64_t t,
-                std::int64_t k, std::int64_t n, void* y, std::int64_t ldy) {
+                std::int64_t k, std::int64_t n, float* sum, std::int64_t lds) {
   for (std::int64_t token = 0; token < t; ++token) {
     const std::int32_t* route = route_row + token * k;
-    Element* to = static_cast<Element*>(y) + token * ldy;
+    float* to = sum + token * lds;
     for_vectors(n, [&](std::int64_t i, std::int64_t count) {
-      F32 sum = {};
+      F32 total = {};
       for (std::int64_t j = 0; j < k; ++j) {
         if (route[j] < 0) continue;
         const F32 value = load(static_cast<const Element*>(rows) + route[j] * ld + i, count);
-        sum += weight == nullptr ? value : value * weight[token * k + j];
+        total += weight == nullptr ? value : value * weight[token * k + j];
       }
-      store(to + i, sum, count);
+      store(to + i, total, count);
     });
   }
 }
@@ -62,17 +62,14 @@ struct Sum16 {
   }
 };
 
-// One row of swiglu_backward; returns Σ p·z.
-float swiglu_backward_row(const Element* saved, const float* p, float weight, std::int64_t i, Element* z,
-                          Element* grad) {
+// 32 columns of one row of swiglu_backward; returns Σ p·z. Everything is read before anything is written in its place.
+float swiglu_backward_panel(const Element* saved, const float* p, float weight, Element* z, Element* grad) {
   Sum16 dot;
-  for (std::int64_t c = 0; c < i; c += 16) {
+  for (std::int64_t c = 0; c < kPanelRows; c += 16) {
     for (std::int64_t v = 0; v < Sum16::kVectors; ++v) {
       const std::int64_t column = c + v * kLanes;
-      const std::int64_t gate = column / kPanelRows * 2 * kPanelRows + column % kPanelRows;
-      const std::int64_t up = gate + kPanelRows;
-      const F32 g = load(saved + gate);
-      const F32 u = load(saved + up);
+      const F32 g = load(saved + column);
+      const F32 u = load(saved + column + kPanelRows);
       const F32 s = sigmoid(g);
       const F32 silu = g * s;
       const F32 z_value = silu * u;
@@ -80,20 +77,24 @@ float swiglu_backward_row(const Element* saved, const float* p, float weight, st
       const F32 dz = p_value * weight;
       dot.sum[v] += p_value * z_value;
       if (z != nullptr) store(z + column, z_value);
-      store(grad + gate, dz * u * s * (1.0f + g * (1.0f - s)));
-      store(grad + up, dz * silu);
+      store(grad + column, dz * u * s * (1.0f + g * (1.0f - s)));
+      store(grad + column + kPanelRows, dz * silu);
     }
   }
   return dot.total();
 }
 
-void swiglu_backward(const void* saved, std::int64_t ld_saved, const float* p, std::int64_t ldp, const float* weight,
-                     std::int64_t m, std::int64_t i, float* grad_weight, void* z, std::int64_t ldz, void* grad_gate_up,
-                     std::int64_t ldg) {
+void swiglu_backward(const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
+                     std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
+                     std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg) {
   for (std::int64_t row = 0; row < m; ++row) {
-    grad_weight[row] = swiglu_backward_row(
-        static_cast<const Element*>(saved) + row * ld_saved, p + row * ldp, weight[row], i,
-        z == nullptr ? nullptr : static_cast<Element*>(z) + row * ldz, static_cast<Element*>(grad_gate_up) + row * ldg);
+    const std::int64_t from = saved_row == nullptr ? row : saved_row[row];
+    const Element* gate_up = static_cast<const Element*>(saved) + from * ld_saved;
+    Element* grad = static_cast<Element*>(grad_gate_up) + row * ldg;
+    for (std::int64_t c = 0; c < i; c += kPanelRows)
+      grad_weight[c / kPanelRows * ldw + row] =
+          swiglu_backward_panel(gate_up + 2 * c, p + row * ldp + c, weight[row],
+                                z == nullptr ? nullptr : static_cast<Element*>(z) + row * ldz + c, grad + 2 * c);
   }
 }
 

@@ -1,4 +1,5 @@
-// gemm and transpose_panel for any processor: acc = acc + a·b, each operation rounded to fp32, k ascending.
+// gemm and transpose_panels for any processor: acc = acc + a·b, each operation rounded to fp32, k ascending. Far slower
+// than memory, so nothing is fetched ahead.
 // No include guard: see kernels/README.md.
 namespace {
 
@@ -56,8 +57,8 @@ void multiply_rows(const Element* a, std::int64_t lda, const Panels& w, float* c
   }
 }
 
-void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
-          bool accumulate) {
+void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
+          const Fetch&) {
   const Element* in = static_cast<const Element*>(a);
   std::int64_t row = 0;
   for (; row + kRowsMax <= m; row += kRowsMax)
@@ -83,12 +84,16 @@ inline void transpose_block(const std::uint32_t* in, std::uint32_t* out, float) 
       out[row * kPanelRows + column] = in[column * kPanelRows + row];
 }
 
-void transpose_panel(const Panels& w, std::int64_t q, void* out) {
-  constexpr std::int64_t kBlockUnits = kPanelRows / kElementsPerUnit * kPanelRows;
+void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
+                      const Fetch&) {
+  constexpr std::int64_t kBlockBytes = kPanelRows * kPanelRows * static_cast<std::int64_t>(sizeof(Element));
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
-    transpose_block(
-        static_cast<const std::uint32_t*>(static_cast<const void*>(w.data + panel * w.stride)) + q * kBlockUnits,
-        static_cast<std::uint32_t*>(out) + panel * kBlockUnits, Element{});
+    for (std::int64_t column = 0; column < count; ++column) {
+      const std::byte* in = w.data + panel * w.stride + (q + column) * kBlockBytes;
+      std::byte* to = static_cast<std::byte*>(out) + column * out_stride + panel * kBlockBytes;
+      transpose_block(static_cast<const std::uint32_t*>(static_cast<const void*>(in)),
+                      static_cast<std::uint32_t*>(static_cast<void*>(to)), Element{});
+    }
   }
 }
 

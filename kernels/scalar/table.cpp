@@ -14,8 +14,10 @@ constexpr int kLanes = 4;
 #include "kernels/scalar/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
+#include "kernels/generic/fetch.inl"
 #include "kernels/generic/quantised.inl"
 #include "kernels/scalar/gemm.inl"
+#include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"
 // clang-format on
@@ -25,11 +27,15 @@ constinit const KernelTable kTable = {
     .name = "scalar",
     .required = 0,
     .element_bytes = sizeof(Element),
+    .k_multiple = 16,
+    .l2_bytes = 512 << 10,
+    .quantised_rows_max = 0,
     .pack = pack,
     .quantise = quantise,
     .dequantise = dequantise,
-    .transpose_panel = transpose_panel,
+    .transpose_panels = transpose_panels,
     .gemm = gemm,
+    .quantised_gemm = quantised_gemm,
     .round_rows = round_rows,
     .gather = gather,
     .swiglu = swiglu,

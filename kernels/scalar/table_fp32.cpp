@@ -14,6 +14,7 @@ constexpr int kLanes = 4;
 #include "kernels/scalar/primitives.inl"
 #include "kernels/generic/vector.inl"
 #include "kernels/generic/layout.inl"
+#include "kernels/generic/fetch.inl"
 #include "kernels/scalar/gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"
@@ -24,11 +25,15 @@ constinit const KernelTable kTable = {
     .name = "scalar",
     .required = 0,
     .element_bytes = sizeof(Element),
+    .k_multiple = 16,
+    .l2_bytes = 512 << 10,
+    .quantised_rows_max = 0,
     .pack = pack,
     .quantise = nullptr,
     .dequantise = nullptr,
-    .transpose_panel = transpose_panel,
+    .transpose_panels = transpose_panels,
     .gemm = gemm,
+    .quantised_gemm = nullptr,
     .round_rows = round_rows,
     .gather = gather,
     .swiglu = swiglu,

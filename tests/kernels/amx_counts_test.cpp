@@ -21,7 +21,7 @@ TEST(AmxCounts, OfTheCompiledTableAreThoseOfTheNests) {
     std::vector<float> c(static_cast<std::size_t>(m * kPanels * 32));
     const TileCounts before = this_threads_tiles().counts();
     const std::uint64_t dots_before = emulator_counts().tile_dots;
-    table->gemm(a.data(), kDepth, m, w, c.data(), kPanels * 32, true);
+    table->gemm(a.data(), kDepth, m, w, c.data(), kPanels * 32, true, {});
     if (emulator_counts().tile_dots == dots_before) GTEST_SKIP() << "the CPU has AMX: nothing was emulated";
     const TileCounts after = this_threads_tiles().counts();
     const TileCounts nests = software_gemm(a.data(), kDepth, m, w, c.data(), kPanels * 32, true);

@@ -1,4 +1,4 @@
-// pack, transpose_panel and gather move elements: everything arrives where kernel_table.h says, the rest is zero.
+// pack, transpose_panels and gather move elements: everything arrives where kernel_table.h says, the rest is zero.
 #include <cstring>
 
 #include "tests/kernels/kernel_suite.h"
@@ -72,12 +72,30 @@ TEST_P(Layout, TransposePanelPutsEveryElementInItsPlace) {
   const auto panel_bytes = static_cast<std::size_t>(n * 32 * element_bytes());
   for (std::int64_t q = 0; q < k / 32; ++q) {
     std::vector<std::byte> out(panel_bytes + 64, std::byte{0xff});
-    table().transpose_panel(packed.panels(), q, out.data());
+    table().transpose_panels(packed.panels(), q, 1, out.data(), 0, {});
     for (std::int64_t r = 0; r < 32; ++r)
       for (std::int64_t c = 0; c < n; ++c)
         ASSERT_TRUE(same(packed_element(out.data(), r, c), rows.row(c) + (q * 32 + r) * element_bytes()))
             << "row " << r << ", column " << c << " of panel " << q;
     for (std::size_t b = panel_bytes; b < out.size(); ++b) ASSERT_EQ(out[b], std::byte{0xff}) << "behind the panel";
+  }
+}
+
+// With something to fetch, which changes nothing.
+TEST_P(Layout, SeveralTransposedPanelsAreEachTheirOwn) {
+  constexpr std::int64_t n = 64;
+  constexpr std::int64_t k = 128;
+  Matrix rows(n, k, element_bytes());
+  rows.fill_bits(random_);
+  const PackedWeights packed(table(), rows, k, n / 32);
+  const std::int64_t panel_bytes = n * 32 * element_bytes();
+  const std::int64_t stride = panel_bytes + 64;
+  std::vector<std::byte> out(static_cast<std::size_t>(3 * stride), std::byte{0xff});
+  table().transpose_panels(packed.panels(), 1, 3, out.data(), stride, {packed.panels().data, 64, 128, 9});
+  for (std::int64_t q = 0; q < 3; ++q) {
+    std::vector<std::byte> want(static_cast<std::size_t>(stride), std::byte{0xff});
+    table().transpose_panels(packed.panels(), q + 1, 1, want.data(), 0, {});
+    EXPECT_EQ(std::memcmp(want.data(), out.data() + q * stride, static_cast<std::size_t>(stride)), 0) << "panel " << q;
   }
 }
 
@@ -90,13 +108,13 @@ TEST_P(Layout, TheTransposeOfTheTransposeIsTheOriginal) {
   const auto stride = static_cast<std::size_t>(n * 32 * element_bytes());
   std::vector<std::byte> transposed(static_cast<std::size_t>(k / 32) * stride);
   for (std::int64_t q = 0; q < k / 32; ++q)
-    table().transpose_panel(packed.panels(), q, transposed.data() + static_cast<std::size_t>(q) * stride);
+    table().transpose_panels(packed.panels(), q, 1, transposed.data() + static_cast<std::size_t>(q) * stride, 0, {});
   const kernels::Panels wt{
       .data = transposed.data(), .stride = static_cast<std::int64_t>(stride), .num_panels = k / 32, .k = n};
   const auto panel_bytes = static_cast<std::size_t>(k * 32 * element_bytes());
   std::vector<std::byte> again(panel_bytes);
   for (std::int64_t p = 0; p < n / 32; ++p) {
-    table().transpose_panel(wt, p, again.data());
+    table().transpose_panels(wt, p, 1, again.data(), 0, {});
     EXPECT_EQ(std::memcmp(again.data(), packed.panel(p), panel_bytes), 0) << "panel " << p;
   }
 }

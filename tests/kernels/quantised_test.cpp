@@ -153,8 +153,9 @@ class Quantisation : public KernelTest {
         ASSERT_EQ(out[static_cast<std::size_t>((p + 1) * panel_bytes + p * 64 + b)], std::byte{0xff}) << "panel " << p;
   }
 
-  // C of every number of rows against the model over `weights` [n, k].
-  void expect_products(const Panels& w, const std::vector<float>& weights, std::int64_t n) {
+  // C of every number of rows against the model over `weights` [n, k]; with `integers`, also C straight from them.
+  void expect_products(const Panels& w, const std::vector<float>& weights, std::int64_t n,
+                       const QuantPanels* integers = nullptr) {
     const std::int64_t rows_max = suite_config().row_counts.back();
     Matrix a(rows_max, w.k, element_bytes(), 1);
     a.fill_normal(random_);
@@ -167,12 +168,18 @@ class Quantisation : public KernelTest {
     for (const std::int64_t m : suite_config().row_counts) {
       Matrix got(m, n, 4, 3);
       const std::int64_t first = std::uniform_int_distribution<std::int64_t>(0, rows_max - m)(random_);
-      table().gemm(a.row(first), a.ld(), m, w, got.floats(), got.ld(), false);
+      table().gemm(a.row(first), a.ld(), m, w, got.floats(), got.ld(), false, {});
       Matrix expected(m, n, 4);
       for (std::int64_t r = 0; r < m; ++r)
         for (std::int64_t c = 0; c < n; ++c) expected.set(r, c, want.get(first + r, c));
       EXPECT_TRUE(same_matrix(expected, got)) << m << " rows from " << first;
       EXPECT_TRUE(got.guards_are_intact());
+      if (integers == nullptr) continue;
+      Matrix straight(m, n, 4, 3);
+      table().quantised_gemm(a.row(first), a.ld(), m, *integers, straight.floats(), straight.ld(),
+                             {w.data, 128, 64, 3});
+      EXPECT_TRUE(same_matrix(expected, straight)) << m << " rows from " << first << ", from the integers";
+      EXPECT_TRUE(straight.guards_are_intact());
     }
   }
 };
@@ -243,10 +250,11 @@ TEST_P(Quantisation, AWeightIsAtMostHalfAStepFromItsIntegerUnlessThatIsTheLarges
   }
 }
 
-TEST_P(Quantisation, ProductsWithDequantisedPanelsHaveTheBitsOfTheModel) {
-  const std::int64_t n = 64;
-  const std::int64_t k = emulated() ? 64 : 160;
-  for (const QuantFormat format : {QuantFormat{8, 128}, QuantFormat{4, 128}, QuantFormat{4, 32}}) {
+TEST_P(Quantisation, ProductsWithDequantisedPanelsAndWithIntegersHaveTheBitsOfTheModel) {
+  const std::int64_t n = 96;
+  const std::int64_t k = emulated() ? 64 : 352;
+  for (const QuantFormat format : kFormats) {
+    if (emulated() && format.group == 64) continue;
     SCOPED_TRACE(name_of(format));
     Matrix rows(n, k, element_bytes());
     rows.fill_normal(random_, 0.1f);
@@ -255,7 +263,7 @@ TEST_P(Quantisation, ProductsWithDequantisedPanelsHaveTheBitsOfTheModel) {
     const std::int64_t stride = kernels::panel_stride_bytes(k, element_bytes());
     std::vector<std::byte> panels(static_cast<std::size_t>(n / kPanelRows * stride));
     table().dequantise(quantised.panels(), 0, k, panels.data(), stride);
-    expect_products({panels.data(), stride, n / kPanelRows, k}, want.weights, n);
+    expect_products({panels.data(), stride, n / kPanelRows, k}, want.weights, n, &quantised.panels());
   }
 }
 
@@ -274,7 +282,7 @@ TEST_P(Quantisation, ProductsWithTransposedColumnsHaveTheBitsOfTheModel) {
     std::vector<std::byte> blocks(static_cast<std::size_t>(n / kPanelRows * block_bytes));
     std::vector<std::byte> transposed(blocks.size());
     table().dequantise(quantised.panels(), q * kPanelRows, kPanelRows, blocks.data(), block_bytes);
-    table().transpose_panel({blocks.data(), block_bytes, n / kPanelRows, kPanelRows}, 0, transposed.data());
+    table().transpose_panels({blocks.data(), block_bytes, n / kPanelRows, kPanelRows}, 0, 1, transposed.data(), 0, {});
     std::vector<float> weights;
     for (std::int64_t r = 0; r < kPanelRows; ++r)
       for (std::int64_t c = 0; c < n; ++c)
@@ -294,6 +302,8 @@ TEST(QuantisationOfTables, IsThereForBf16Only) {
   for (const kernels::KernelTable* table : kernels::all_tables()) {
     EXPECT_EQ(table->quantise != nullptr, table->element_bytes == 2) << table->name;
     EXPECT_EQ(table->dequantise != nullptr, table->element_bytes == 2) << table->name;
+    EXPECT_EQ(table->quantised_gemm != nullptr, table->element_bytes == 2) << table->name;
+    EXPECT_TRUE(table->quantised_gemm != nullptr || table->quantised_rows_max == 0) << table->name;
   }
 }
 

@@ -52,10 +52,10 @@ class Rows : public KernelTest {
   BackwardResult backward(const KernelTable& with, const Matrix& saved, const Matrix& p, const Matrix& weight) const {
     const std::int64_t m = saved.num_rows();
     const std::int64_t i = p.num_columns();
-    BackwardResult result{Matrix(1, m, 4), Matrix(m, i, element_bytes(), 3), Matrix(m, 2 * i, element_bytes(), 1)};
-    with.swiglu_backward(saved.data(), saved.ld(), p.floats(), p.ld(), weight.floats(), m, i,
-                         result.grad_weight.floats(), result.z.data(), result.z.ld(), result.grad.data(),
-                         result.grad.ld());
+    BackwardResult result{Matrix(i / 32, m, 4), Matrix(m, i, element_bytes(), 3), Matrix(m, 2 * i, element_bytes(), 1)};
+    with.swiglu_backward(saved.data(), saved.ld(), nullptr, p.floats(), p.ld(), weight.floats(), m, i,
+                         result.grad_weight.floats(), result.grad_weight.ld(), result.z.data(), result.z.ld(),
+                         result.grad.data(), result.grad.ld());
     return result;
   }
 
@@ -93,7 +93,7 @@ TEST_P(Rows, RoundRowsRoundsTheScaledValueOnce) {
   table().round_rows(nullptr, 0, 0, 32, 1.0f, nullptr, 0);
 }
 
-TEST_P(Rows, SumRoutesAddsInSlotOrderAndRoundsOnce) {
+TEST_P(Rows, SumRoutesAddsInSlotOrder) {
   constexpr std::int64_t kTokens = 5;
   constexpr std::int64_t kSlots = 4;
   for (const std::int64_t n : {1, 16, 30, 64, 95}) {
@@ -103,10 +103,10 @@ TEST_P(Rows, SumRoutesAddsInSlotOrderAndRoundsOnce) {
     for (auto& r : route) r = std::uniform_int_distribution<std::int32_t>(-1, 6)(random_);
     for (std::size_t j = 0; j < kSlots; ++j) route[j] = -1;  // a token whose experts all live elsewhere
     for (const bool weighted : {true, false}) {
-      Matrix got(kTokens, n, element_bytes(), 3);
-      Matrix want(kTokens, n, element_bytes());
+      Matrix got(kTokens, n, 4, 3);
+      Matrix want(kTokens, n, 4);
       table().sum_routes(rows.data(), rows.ld(), route.data(), weighted ? weight.floats() : nullptr, kTokens, kSlots, n,
-                         got.data(), got.ld());
+                         got.floats(), got.ld());
       for (std::int64_t t = 0; t < kTokens; ++t) {
         for (std::int64_t c = 0; c < n; ++c) {
           volatile float sum = 0;
@@ -190,7 +190,9 @@ TEST_P(Rows, SwigluBackwardMeetsFp64) {
                   dg_scale + std::fabs(dz * u * s * g), 5e-7, "dG");
       expect_near(dz * g * s, got.grad.get(r, gate_column(j) + 32), std::fabs(dz * g * s), 5e-7, "dU");
     }
-    EXPECT_NEAR(double{got.grad_weight.get(0, r)}, dot, 1e-6 * magnitude) << "row " << r;
+    double sum = 0;
+    for (std::int64_t panel = 0; panel < i / 32; ++panel) sum += double{got.grad_weight.get(panel, r)};
+    EXPECT_NEAR(sum, dot, 1e-6 * magnitude) << "row " << r;
   }
   EXPECT_TRUE(got.grad_weight.guards_are_intact());
   EXPECT_TRUE(got.z.guards_are_intact());
@@ -209,11 +211,31 @@ TEST_P(Rows, SwigluBackwardHasThePortableBitsWhateverTheCompany) {
   for (std::int64_t r = 0; r < 7; ++r) {  // each row alone, without z
     float grad_weight = 0;
     Matrix grad(1, 64, element_bytes());
-    table().swiglu_backward(saved.row(r), saved.ld(), p.floats() + r * p.ld(), p.ld(), weight.floats() + r, 1, 32,
-                            &grad_weight, nullptr, 0, grad.data(), grad.ld());
+    const auto row = static_cast<std::int32_t>(r);
+    table().swiglu_backward(saved.data(), saved.ld(), &row, p.floats() + r * p.ld(), p.ld(), weight.floats() + r, 1, 32,
+                            &grad_weight, 1, nullptr, 0, grad.data(), grad.ld());
     EXPECT_TRUE(same_bits(grad_weight, all.grad_weight.get(0, r)));
     for (std::int64_t c = 0; c < 64; ++c) EXPECT_TRUE(same_bits(grad.get(0, c), all.grad.get(r, c)));
   }
+}
+
+// 32 columns at a time, in place, are all of them: grad_weight is a sum of every 32 columns by itself.
+TEST_P(Rows, SwigluBackwardOfAPartOfTheColumnsInPlaceHasTheBitsOfTheWhole) {
+  Matrix gate_up = elements(3, 192, 2.0f);
+  const Matrix p = floats(3, 96, 1.0f);
+  const Matrix weight = floats(1, 3, 0.5f);
+  const BackwardResult all = backward(table(), gate_up, p, weight);
+  for (std::int64_t panel = 0; panel < 3; ++panel) {
+    Matrix grad_weight(1, 3, 4);
+    std::byte* part = gate_up.data() + panel * 64 * element_bytes();
+    table().swiglu_backward(part, gate_up.ld(), nullptr, p.floats() + panel * 32, p.ld(), weight.floats(), 3, 32,
+                            grad_weight.floats(), grad_weight.ld(), nullptr, 0, part, gate_up.ld());
+    EXPECT_TRUE(grad_weight.guards_are_intact());
+    for (std::int64_t r = 0; r < 3; ++r)
+      EXPECT_TRUE(same_bits(grad_weight.get(0, r), all.grad_weight.get(panel, r))) << "row " << r;
+  }
+  EXPECT_TRUE(same_matrix(all.grad, gate_up));
+  EXPECT_TRUE(gate_up.guards_are_intact());
 }
 
 KT_INSTANTIATE_KERNEL_TESTS(Rows);

@@ -13,7 +13,11 @@ namespace kt::kernels::amx_nest {
 namespace {
 using Element = std::uint16_t;
 }  // namespace
+// The order counts.
+// clang-format off
+#include "kernels/generic/fetch.inl"
 #include "kernels/amx/nest.inl"
+// clang-format on
 }  // namespace kt::kernels::amx_nest
 
 namespace kt::test {
@@ -56,9 +60,9 @@ class SoftwareTile {
 
 // gemm of the amx table in software tiles; what it did.
 inline TileCounts software_gemm(const void* a, std::int64_t lda, std::int64_t m, const kernels::Panels& w, float* c,
-                                std::int64_t ldc, bool accumulate) {
+                                std::int64_t ldc, bool accumulate, const kernels::Fetch& next = {}) {
   SoftwareTile tile;
-  kernels::amx_nest::multiply(tile, {static_cast<const std::uint16_t*>(a), lda, w, c, ldc, accumulate}, m);
+  kernels::amx_nest::multiply(tile, {static_cast<const std::uint16_t*>(a), lda, w, c, ldc, accumulate, next}, m);
   EXPECT_FALSE(tile.tiles().configured()) << "gemm leaves tiles configured";
   return tile.tiles().counts();
 }

@@ -89,7 +89,7 @@ Host::Host(std::uint32_t element_bytes, EngineOptions options)
     : dims_(small_model(element_bytes)),
       table_(scalar_table(element_bytes)),
       weights_(random_weights(dims_, table_)),
-      pool_({-1, -1}),
+      pool_(std::vector<int>{-1, -1}),
       page_(make_page()),
       engine_(std::make_unique<coproc::Engine>(dims_, table_, *weights_, pool_, page_.page(), options)) {
   engine_->set_on_session_ended([this](std::uint32_t session_id, const Error& error) {
@@ -237,7 +237,7 @@ std::vector<float> tensor_values(const coproc::Adapter& adapter, const ExpertDim
 
 Oracle::Oracle(const Host& host)
     : dims_(host.dims()),
-      pool_({-1}),
+      pool_(std::vector<int>{-1}),
       compute_(host.dims(), host.table(), host.weights(), pool_),
       adapter_(host.dims(), host.table()) {
   if (!adapter_.add_layers(kMoeLayers, default_spec()).ok()) throw std::runtime_error("no adapter");

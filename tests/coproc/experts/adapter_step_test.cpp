@@ -252,7 +252,7 @@ TEST_P(AdapterStep, ReachesTheForwardPass) {
   header.scale = 1;
   header.num_groups = 1;
   header.groups[0] = to_group({0.05, 0.9, 0.999, 1e-8, 0, true});
-  coproc::WorkerPool pool({-1, -1});
+  coproc::WorkerPool pool(std::vector<int>{-1, -1});
   layer.adapter()->step(header, std::vector<std::uint8_t>(3 * shm::kNumAdapterTensors, 0), pool);
   ReferenceLayer moved = layer.reference();
   for (std::size_t tensor = 0; tensor < kNumLoraTensors; ++tensor) {

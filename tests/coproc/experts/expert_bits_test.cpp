@@ -76,6 +76,32 @@ TEST_P(ExpertBits, DoNotDependOnTheNumberOfWorkers) {
   }
 }
 
+// With little L2 an expert's rows are several blocks. LoRA's gradients, summed block by block, differ from those of one
+// block in the last bits, and not with the number of workers.
+TEST_P(ExpertBits, DoNotDependOnTheBlocksOfRows) {
+  TestLayer layer(kOptions, table(), 57);
+  std::mt19937 random(58);
+  const Batch first = layer.make_batch(150, Routing::kSoftmaxTopK, random);
+  const Batch second = layer.make_batch(290, Routing::kOneExpert, random);
+  const auto want = layer.run({&first, &second}, {});
+  const auto want_gradients = layer.gradients();
+  std::vector<std::vector<float>> block_gradients;
+  for (const int num_workers : {1, 2, 5}) {
+    SCOPED_TRACE(std::to_string(num_workers) + " workers");
+    layer.discard();
+    const auto got = layer.run({&first, &second}, {.num_workers = num_workers, .l2_bytes = 4096});
+    expect_same(got[0], want[0]);
+    expect_same(got[1], want[1]);
+    if (block_gradients.empty()) block_gradients = layer.gradients();
+    EXPECT_EQ(layer.gradients(), block_gradients);
+    for (std::size_t tensor = 0; tensor < want_gradients.size(); ++tensor) {
+      const Doubles one(want_gradients[tensor].begin(), want_gradients[tensor].end());
+      const Doubles many(block_gradients[tensor].begin(), block_gradients[tensor].end());
+      EXPECT_LE(relative_l2(many, one), 1e-6) << "tensor " << tensor;
+    }
+  }
+}
+
 TEST_P(ExpertBits, OfARecomputedActivationAreThoseOfAKeptOne) {
   for (const auto& spec : {spec_of(24, false, 8), spec_of(8, true, 0), coproc::AdapterLayerSpec{}}) {
     LayerOptions options = kOptions;
@@ -149,7 +175,7 @@ TEST_P(ExpertBits, DoNotDependOnWhatRanBefore) {
   const auto want = layer.run({&small}, {});
   layer.discard();
 
-  coproc::WorkerPool pool({-1, -1});
+  coproc::WorkerPool pool(std::vector<int>{-1, -1});
   const auto forward_item = [](const Batch& batch, Guarded& y) {
     return coproc::ForwardItem{batch.x_elements.data(),
                                batch.reference.ids.data(),

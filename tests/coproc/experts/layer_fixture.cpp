@@ -191,8 +191,13 @@ Batch TestLayer::make_batch(std::int64_t num_tokens, Routing routing, std::mt199
 }
 
 std::vector<ItemResult> TestLayer::run(const std::vector<const Batch*>& batches, const RunOptions& options) {
-  coproc::WorkerPool pool(std::vector<int>(static_cast<std::size_t>(options.num_workers), -1));
-  coproc::ExpertCompute compute(dims_, table_, *weights_, pool);
+  std::vector<std::vector<int>> cpus;
+  for (const int count : options.workers_of_nodes) cpus.emplace_back(static_cast<std::size_t>(count), -1);
+  if (cpus.empty()) cpus.emplace_back(static_cast<std::size_t>(options.num_workers), -1);
+  coproc::WorkerPool pool(cpus);
+  kernels::KernelTable table = table_;
+  if (options.l2_bytes > 0) table.l2_bytes = options.l2_bytes;
+  coproc::ExpertCompute compute(dims_, table, *weights_, pool);
   const auto gate_up_row = static_cast<std::size_t>(2 * dims_.intermediate_padded() * table_.element_bytes);
   std::vector<coproc::Activation> activations(batches.size());
   std::vector<coproc::ForwardItem> forward;
@@ -215,6 +220,7 @@ std::vector<ItemResult> TestLayer::run(const std::vector<const Batch*>& batches,
                        options.keep_gate_up ? gate_up[n].data() : nullptr});
   }
   compute.forward(kWireLayer, adapter_.get(), forward);
+  forward_traffic_ = compute.traffic();
   for (std::size_t n = 0; n < batches.size(); ++n) {
     coproc::Activation& act = activations[n];
     act.layer = kWireLayer;
@@ -226,6 +232,7 @@ std::vector<ItemResult> TestLayer::run(const std::vector<const Batch*>& batches,
     backward.push_back({batches[n]->dy_elements.data(), &act, dx[n].data(), dw[n].floats()});
   }
   compute.backward(kWireLayer, adapter_.get(), backward, options.accumulate);
+  backward_traffic_ = compute.traffic();
   std::vector<ItemResult> results;
   for (std::size_t n = 0; n < batches.size(); ++n) {
     EXPECT_TRUE(y[n].intact() && gate_up[n].intact() && dx[n].intact() && dw[n].intact()) << "item " << n;
@@ -251,7 +258,7 @@ std::vector<std::vector<float>> TestLayer::gradients() const {
 }
 
 void TestLayer::discard() {
-  coproc::WorkerPool pool({-1});
+  coproc::WorkerPool pool(std::vector<int>{-1});
   adapter_->discard(pool);
 }
 

@@ -84,6 +84,8 @@ class TestLayer {
     int num_workers = 2;
     bool keep_gate_up = true;  // false: backward recomputes.
     bool accumulate = true;
+    std::int64_t l2_bytes = 0;               // 0: the table's. Little of it: blocks of few rows.
+    std::vector<int> workers_of_nodes = {};  // Empty: one node of num_workers.
   };
   std::vector<ItemResult> run(const std::vector<const Batch*>& batches, const RunOptions& options);
 
@@ -91,6 +93,9 @@ class TestLayer {
   std::vector<float> gradient(std::size_t tensor) const;
   std::vector<std::vector<float>> gradients() const;
   void discard();
+  // Of the last run.
+  const coproc::Traffic& forward_traffic() const { return forward_traffic_; }
+  const coproc::Traffic& backward_traffic() const { return backward_traffic_; }
 
   const ReferenceLayer& reference() const { return reference_; }
   const coproc::ExpertDims& dims() const { return dims_; }
@@ -106,6 +111,8 @@ class TestLayer {
   ReferenceLayer reference_;
   std::unique_ptr<coproc::ExpertWeights> weights_;
   std::unique_ptr<coproc::Adapter> adapter_;
+  coproc::Traffic forward_traffic_;
+  coproc::Traffic backward_traffic_;
 };
 
 // Tests over every table of the binary; those this CPU cannot run are skipped, and seen to be.

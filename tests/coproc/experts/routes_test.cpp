@@ -53,7 +53,7 @@ TEST(Routes, AreSortedByExpertThenItemThenTokenThenSlot) {
   std::sort(want.begin(), want.end());
   Routes routes;
   for (int round = 0; round < 2; ++round) {  // The second time over the first one's memory.
-    routes.group(items.views, kExperts, kTopK);
+    routes.group(items.views, kExperts, kTopK, 1);
     ASSERT_EQ(routes.num_rows, static_cast<std::int64_t>(want.size()));
     for (std::size_t row = 0; row < want.size(); ++row) {
       const auto [expert, item, slot] = want[row];
@@ -61,8 +61,8 @@ TEST(Routes, AreSortedByExpertThenItemThenTokenThenSlot) {
       EXPECT_EQ(routes.route[row], slot);
       EXPECT_EQ(routes.token[row], slot / static_cast<std::int32_t>(kTopK));
       EXPECT_EQ(routes.weight[row], items.weights[static_cast<std::size_t>(item)][static_cast<std::size_t>(slot)]);
-      EXPECT_LE(routes.first_row[static_cast<std::size_t>(expert)], static_cast<std::int64_t>(row));
-      EXPECT_GT(routes.first_row[static_cast<std::size_t>(expert) + 1], static_cast<std::int64_t>(row));
+      EXPECT_LE(routes.begin_of(expert), static_cast<std::int64_t>(row));
+      EXPECT_GT(routes.begin_of(expert) + routes.rows_of(expert), static_cast<std::int64_t>(row));
       EXPECT_EQ(routes.row[static_cast<std::size_t>(routes.first_slot[static_cast<std::size_t>(item)] + slot)],
                 static_cast<std::int32_t>(row));
     }
@@ -76,46 +76,21 @@ TEST(Routes, ListExpertsWithTokensMostTokensFirst) {
   const std::vector<float> weights(ids.size(), 1.0f);
   const RoutesOfItem item{ids.data(), weights.data(), 4};
   Routes routes;
-  routes.group({&item, 1}, 5, 2);
+  routes.group({&item, 1}, 5, 2, 1);
   EXPECT_EQ(routes.experts, (std::vector<std::int32_t>{2, 4, 0}));
 }
 
-TEST(Routes, TasksCoverEveryRowTokenAndPanelOnce) {
-  const Items items = random_items({300, 0, 65}, 4, 2, 62);
+// Node 0 has the even experts, node 1 the odd ones.
+TEST(Routes, AreSortedByNodeFirst) {
+  const std::vector<std::int32_t> ids = {4, 1, 2, 3, 0, 1, 3, 5};  // 5 is the sentinel.
+  const std::vector<float> weights(ids.size(), 1.0f);
+  const RoutesOfItem item{ids.data(), weights.data(), 4};
   Routes routes;
-  routes.group(items.views, 4, 2);
-  std::vector<coproc::RowTask> rows;
-  coproc::plan_rows(routes, rows);
-  std::vector<int> row_seen(static_cast<std::size_t>(routes.num_rows));
-  for (const auto& task : rows) {
-    for (std::int64_t row = task.begin; row < task.end; ++row) {
-      ++row_seen[static_cast<std::size_t>(row)];
-      EXPECT_GE(row, routes.first_row[static_cast<std::size_t>(task.expert)]);
-      EXPECT_LT(row, routes.first_row[static_cast<std::size_t>(task.expert) + 1]);
-    }
-  }
-  EXPECT_EQ(row_seen, std::vector<int>(row_seen.size(), 1));
-  std::vector<coproc::TokenTask> tokens;
-  coproc::plan_tokens(items.views, tokens);
-  std::int64_t num_tokens = 0;
-  for (const auto& task : tokens) num_tokens += task.end - task.begin;
-  EXPECT_EQ(num_tokens, 365);
-  for (const int num_workers : {1, 2, 56}) {
-    for (const std::int64_t num_panels : {2, 48, 514}) {
-      std::vector<coproc::PanelTask> panels;
-      coproc::plan_panels(routes, num_panels, 4096, 2, num_workers, panels);
-      std::vector<int> panel_seen(static_cast<std::size_t>(num_panels * 4));
-      for (const auto& task : panels) {
-        EXPECT_EQ(task.begin % 2, 0);
-        EXPECT_EQ(task.end % 2, 0);
-        EXPECT_LE(task.end - task.begin, coproc::kTaskPanelsMax);
-        for (std::int64_t p = task.begin; p < task.end; ++p) {
-          ++panel_seen[static_cast<std::size_t>(task.expert * num_panels + p)];
-        }
-      }
-      EXPECT_EQ(panel_seen, std::vector<int>(panel_seen.size(), 1));
-    }
-  }
+  routes.group({&item, 1}, 5, 2, 2);
+  EXPECT_EQ(routes.node_begin, (std::vector<std::int64_t>{0, 3, 7}));
+  EXPECT_EQ(routes.first_row, (std::vector<std::int64_t>{0, 3, 1, 5, 2}));
+  EXPECT_EQ(routes.num_rows_of, (std::vector<std::int64_t>{1, 2, 1, 2, 1}));
+  EXPECT_EQ(routes.route, (std::vector<std::int32_t>{4, 2, 0, 1, 5, 3, 6}));
 }
 
 }  // namespace

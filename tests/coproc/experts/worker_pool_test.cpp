@@ -75,6 +75,41 @@ TEST(WorkerPool, NeverGivesOneWorkerNumberToTwoThreadsAtOnce) {
   }
 }
 
+TEST(WorkerPool, RunsTheTasksOfEveryNodeOnceAndCountsStolenOnes) {
+  WorkerPool pool(std::vector<std::vector<int>>{{-1, -1}, {-1}});
+  EXPECT_EQ(pool.num_nodes(), 2);
+  EXPECT_EQ(pool.num_workers(), 3);
+  EXPECT_EQ(pool.num_workers_of(0), 2);
+  EXPECT_EQ(pool.num_workers_of(1), 1);
+  std::atomic<std::uint64_t> num_stolen = 0;
+  for (const auto& num_tasks : {std::vector<std::int64_t>{100, 7}, {0, 30}, {1, 0}, {0, 0}}) {
+    std::vector<std::vector<int>> counts;
+    for (const std::int64_t n : num_tasks) counts.emplace_back(static_cast<std::size_t>(n), 0);
+    pool.run_on_nodes(num_tasks, [&](int node, std::int64_t task, int worker) {
+      ++counts[static_cast<std::size_t>(node)][static_cast<std::size_t>(task)];
+      const int home = worker < 2 ? 0 : 1;
+      if (node != home) ++num_stolen;
+    });
+    for (const auto& of_node : counts) EXPECT_EQ(of_node, std::vector<int>(of_node.size(), 1));
+  }
+  EXPECT_EQ(pool.stolen_tasks(), num_stolen.load());
+}
+
+// Two tasks of one node that has one worker, each waiting for the other: the second worker must come from the other
+// node.
+TEST(WorkerPool, HelpsAnotherNodeWhenItsOwnHasNothingLeft) {
+  WorkerPool pool(std::vector<std::vector<int>>{{-1}, {-1}});
+  for (const auto& num_tasks : {std::vector<std::int64_t>{0, 2}, {2, 0}}) {
+    std::atomic<int> inside = 0;
+    pool.run_on_nodes(num_tasks, [&](int, std::int64_t, int) {
+      ++inside;
+      while (inside.load() < 2) std::this_thread::yield();
+    });
+    EXPECT_EQ(inside.load(), 2);
+  }
+  EXPECT_EQ(pool.stolen_tasks(), 2u);
+}
+
 TEST(WorkerPool, CountsTheTimeSpentInTasks) {
   WorkerPool pool(unpinned(2));
   EXPECT_EQ(pool.busy_ns(), 0u);
@@ -88,7 +123,7 @@ TEST(WorkerPool, PinsItsThreadsAndTheCaller) {
   int cpu = 0;
   while (CPU_ISSET(static_cast<std::size_t>(cpu), &allowed) == 0) ++cpu;
   std::thread caller([cpu] {  // A thread of its own: the pinning stays.
-    WorkerPool pool({cpu, cpu});
+    WorkerPool pool(std::vector<int>{cpu, cpu});
     std::atomic<int> inside = 0;
     pool.run(2, [&](std::int64_t, int) {
       ++inside;

@@ -1,0 +1,23 @@
+// quantised_gemm out of dequantise and gemm: 128 of k of two panels at a time, so that the weights stay in L1 between
+// the two. gemm in several steps of k has the bits of one. No include guard: see kernels/README.md.
+namespace {
+
+void quantised_gemm(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c, std::int64_t ldc,
+                    const Fetch& next) {
+  constexpr std::int64_t kStride = panel_stride_bytes(kQuantGroupMax, sizeof(Element));
+  alignas(64) std::byte weights[2 * kStride];
+  for (std::int64_t panel = 0; panel < w.num_panels; panel += 2) {
+    QuantPanels few = w;
+    few.data += panel * w.stride;
+    few.num_panels = w.num_panels - panel < 2 ? 1 : 2;
+    for (std::int64_t k = 0; k < w.k; k += kQuantGroupMax) {
+      const std::int64_t count = w.k - k < kQuantGroupMax ? w.k - k : kQuantGroupMax;
+      const bool last = panel + 2 >= w.num_panels && k + kQuantGroupMax >= w.k;
+      dequantise(few, k, count, weights, kStride);
+      gemm(static_cast<const Element*>(a) + k, lda, m, {weights, kStride, few.num_panels, count},
+           c + panel * kPanelRows, ldc, k > 0, last ? next : Fetch{});
+    }
+  }
+}
+
+}  // namespace
