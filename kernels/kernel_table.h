@@ -66,7 +66,6 @@ struct Fetch {
 inline constexpr std::uint32_t kQuantLayoutVersion = 1;
 
 inline constexpr std::int64_t kQuantGroupMax = 128;
-inline constexpr std::uint32_t kQuantLayoutVersion = 1;  // Of quantised panels, in files that keep them.
 
 struct QuantFormat {
   std::int32_t bits = 8;                // 8 or 4
