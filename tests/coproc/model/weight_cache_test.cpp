@@ -145,7 +145,7 @@ TEST_F(WeightCacheTest, AFlippedBitAnywhereIsFound) {
   ASSERT_TRUE(write(weights_).ok());
   const std::uint64_t end = kFrontBytes + kNumRecords * kRecordBytes;
   // Magic, version, size of the front, key, numbers, checksums, the front's own, its padding; then the records.
-  for (const std::uint64_t offset : {0, 8, 12, 20, 50, 58, 66, 72, 72 + 63, 72 + 64, 72 + 79, 72 + 80, 4095}) {
+  for (const std::uint64_t offset : {0u, 8u, 12u, 20u, 50u, 58u, 66u, 72u, 135u, 136u, 151u, 152u, 4095u}) {
     SCOPED_TRACE(::testing::Message() << "byte " << offset);
     ASSERT_NO_FATAL_FAILURE(flip_bit(offset, offset % 8));
     expect_unusable(offset < 8 ? "not a file of weights" : offset < 12 ? "version" : "");
@@ -203,11 +203,11 @@ TEST_F(WeightCacheTest, AFileOfAnotherKindOrKeyIsNotUsed) {
 
 TEST_F(WeightCacheTest, WhatOthersCanWriteIsNotUsed) {
   ASSERT_TRUE(write(weights_).ok());
-  for (const mode_t mode : {0620, 0602}) {
+  for (const mode_t mode : {0620u, 0602u}) {
     ASSERT_EQ(::chmod(file_.c_str(), mode), 0);
     expect_unusable("others can write it");
   }
-  for (const mode_t mode : {0770, 0702}) {
+  for (const mode_t mode : {0770u, 0702u}) {
     ASSERT_EQ(::chmod(path_.c_str(), mode), 0);
     const auto cache = WeightCache::open(path_, test_key(), weights_.records());
     ASSERT_FALSE(cache.ok());
@@ -314,7 +314,7 @@ TEST_F(WeightCacheTest, AReadOnlyDirectoryIsReadAndNotWritten) {
   for (fs::path part = path_; root && part != directory_.path().parent_path(); part = part.parent_path()) {
     ASSERT_EQ(::chown(part.c_str(), kOtherUser, kOtherUser), 0);
   }
-  if (root) ASSERT_EQ(::chown(file_.c_str(), kOtherUser, kOtherUser), 0);
+  ASSERT_TRUE(!root || ::chown(file_.c_str(), kOtherUser, kOtherUser) == 0);
   ASSERT_EQ(::chmod(path_.c_str(), 0500), 0);
   EXPECT_EQ(wait_for(in_child([&] {
               if (root && ::setuid(kOtherUser) != 0) return 2;
@@ -403,7 +403,7 @@ TEST_F(WeightCacheTest, AWriterKilledAtAnyTimeLeavesNoHalfFileInUse) {
     char byte = 0;
     static_cast<void>(::read(progress[0], &byte, 1));  // It is at `last`, or it has ended.
     ::close(progress[0]);
-    ::usleep(generator() % 10'000);
+    ::usleep(static_cast<useconds_t>(generator() % 10'000));
     ::kill(child, SIGKILL);
     killed += wait_for(child) == 128 + SIGKILL ? 1 : 0;
     Weights got;
