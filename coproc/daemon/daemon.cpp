@@ -16,8 +16,8 @@
 #include "coproc/daemon/runtime_socket.h"
 #include "coproc/daemon/server.h"
 #include "coproc/daemon/stall_detector.h"
+#include "coproc/daemon/weight_loading.h"
 #include "coproc/machine/memory_room.h"
-#include "coproc/model/progress.h"
 #include "shm/doorbell.h"
 #include "shm/text.h"
 
@@ -53,6 +53,7 @@ void block_signals() {
   sigaddset(&signals, SIGINT);
   ::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   ::signal(SIGPIPE, SIG_IGN);
+  ::signal(SIGXFSZ, SIG_IGN);  // A cache longer than ulimit -f is an error like a full disk.
 }
 
 // A session has four descriptors here: socket, pidfd, segment, doorbell.
@@ -125,19 +126,8 @@ void fill_status(shm::StatusPage& page, const Prepared& prepared, const std::str
   page.state.store(shm::DaemonState::kLoading, std::memory_order_relaxed);
 }
 
-class WeightsSink : public ExpertSink {
- public:
-  explicit WeightsSink(ExpertWeights& weights) : weights_(weights) {}
-  void expert(std::uint32_t moe_index, std::uint32_t expert, const void* gate, const void* up,
-              const void* down) override {
-    weights_.set_expert(moe_index, expert, gate, up, down);
-  }
-
- private:
-  ExpertWeights& weights_;
-};
-
-// The threads: control (the caller of run), loader until the weights are there, then worker 0 with the pool's others.
+// The threads: control (the caller of run), loader until the weights are there and in their cache, then worker 0 with
+// the pool's others.
 class Daemon {
  public:
   Daemon(const RunOptions& options, Prepared& prepared, RuntimeSocket& socket, shm::StatusPageOwner& status,
@@ -155,6 +145,7 @@ class Daemon {
       spdlog::warn("what was running did not end in time: leaving it");
       std::_Exit(0);
     }
+    progress_.cancel.store(true);  // The loader may be writing its cache.
     if (loader_.joinable()) loader_.join();
     if (engine_thread_.joinable()) {
       engine_->stop();
@@ -171,12 +162,12 @@ class Daemon {
   // The loader's thread.
   void load() {
     ::pthread_setname_np(::pthread_self(), "kt-loader");
-    WeightsSink sink(*prepared_.weights);
     const auto num_threads = std::clamp(prepared_.workers.num_workers(), kLoaderThreadsMin, kLoaderThreadsMax);
-    ProgressPrinter printer(progress_);
-    Status status = load_experts(prepared_.checkpoint, prepared_.element, sink, progress_, num_threads);
-    if (status.ok()) printer.finish();
+    WeightLoading loading(prepared_, options_, progress_);
+    Status status = loading.load(num_threads);
+    const bool ok = status.ok();
     server_->post([this, status = std::move(status)] { loaded(status); });
+    if (ok) loading.write_cache();
   }
 
   // From here on: the control thread.
@@ -224,6 +215,10 @@ class Daemon {
 
   void show_progress() {
     shm::StatusPage& page = status_.page();
+    // A cache has other bytes than the checkpoint.
+    if (const std::uint64_t total = progress_.bytes_total.load(); total != 0) {
+      page.load_bytes_total.store(total, std::memory_order_relaxed);
+    }
     page.load_bytes_done.store(progress_.bytes_done.load(), std::memory_order_relaxed);
     page.load_seconds.store(seconds_since_start(), std::memory_order_relaxed);
   }

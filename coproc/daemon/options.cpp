@@ -130,6 +130,25 @@ Status read_formats(const Reader& reader, RunOptions& options) {
   return ok_status();
 }
 
+// Empty: this user has no place for caches.
+std::string default_weight_cache() {
+  const char* const cache = std::getenv("XDG_CACHE_HOME");
+  if (cache != nullptr && cache[0] == '/') return std::string(cache) + "/kt-coproc";
+  const char* const home = std::getenv("HOME");
+  if (home != nullptr && home[0] == '/') return std::string(home) + "/.cache/kt-coproc";
+  return "";
+}
+
+Status read_weight_cache(const Reader& reader, RunOptions& options) {
+  const SettingValue* const value = reader.find("weight-cache");
+  options.weight_cache = value == nullptr ? default_weight_cache() : value->text;
+  if (value != nullptr && value->text.empty()) {
+    return bad_value(*value, "weight-cache", "it has to be a directory or off", "--weight-cache off turns it off");
+  }
+  if (options.weight_cache == "off") options.weight_cache.clear();
+  return ok_status();
+}
+
 Status check(const SettingValues& values, RunOptions& options) {
   const Reader reader(values);
   const SettingValue* const model = reader.find("model");
@@ -143,6 +162,7 @@ Status check(const SettingValues& values, RunOptions& options) {
   KT_TRY_STATUS(reader.number("threads", kThreadsMax, options.threads));
   KT_TRY_STATUS(read_numa(reader, options));
   KT_TRY_STATUS(read_formats(reader, options));
+  KT_TRY_STATUS(read_weight_cache(reader, options));
   KT_TRY_STATUS(reader.flag("deterministic", options.deterministic));
   KT_TRY_STATUS(reader.number("activation-bytes-max", INT64_MAX, options.activation_bytes_max));
   return reader.number("batch-tokens-max", kBatchTokensMax, options.batch_tokens_max);

@@ -18,6 +18,10 @@ constexpr Setting kSettings[] = {
      true},
     {"weight-format", SettingKind::kText, "bf16|int8|int4|fp32",
      "int8 and int4 take half and a quarter of the memory; fp32 is slow and exact (default: bf16)", true},
+    {"weight-cache", SettingKind::kText, "DIR|off",
+     "where quantised weights (int8, int4) are kept for the next start; off: nowhere (default: "
+     "$XDG_CACHE_HOME/kt-coproc, else ~/.cache/kt-coproc)",
+     true},
     {"kernels", SettingKind::kText, "auto|amx|avx512|avx2|scalar", "instruction set (default: auto, the best)", true},
     {"deterministic", SettingKind::kFlag, "", "add the gradients of several ranks in rank order", true},
     {"activation-bytes-max", SettingKind::kNumber, "BYTES",

@@ -148,6 +148,10 @@ void ExpertWeights::set_expert(std::uint32_t moe_index, std::uint32_t expert, co
          to + s.gate_up_panels * s.gate_up_stride, s.down_stride);
 }
 
+std::span<std::byte> ExpertWeights::expert_data(std::uint32_t moe_index, std::uint32_t expert) {
+  return {state_->expert(moe_index, expert), static_cast<std::size_t>(state_->expert_bytes)};
+}
+
 WeightMatrix ExpertWeights::gate_up(std::uint32_t moe_index, std::uint32_t expert) const {
   const State& s = *state_;
   return {s.expert(moe_index, expert), s.gate_up_stride, s.gate_up_panels, s.dims.hidden_padded(), s.quantised};

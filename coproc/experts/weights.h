@@ -67,6 +67,9 @@ class ExpertWeights {
   // experts.
   void set_expert(std::uint32_t moe_index, std::uint32_t expert, const void* gate, const void* up, const void* down);
 
+  // One expert as it is kept, in one piece: what files keep of it.
+  std::span<std::byte> expert_data(std::uint32_t moe_index, std::uint32_t expert);
+
   // [2I, H], gate and up panels interleaved.
   WeightMatrix gate_up(std::uint32_t moe_index, std::uint32_t expert) const;
   // [H, I].

@@ -1,42 +1,14 @@
 #include "coproc/model/fingerprint.h"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <string_view>
-#include <vector>
+
+#include "coproc/model/sha256.h"
 
 namespace kt::coproc {
 namespace {
 
 constexpr std::uint64_t kSampleBytes = 4096;
-
-class Sha256 {
- public:
-  Sha256() { KT_CHECK(context_ != nullptr && EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) == 1); }
-  void add(std::string_view bytes) { KT_CHECK(EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) == 1); }
-
-  std::string hex() {
-    unsigned char digest[EVP_MAX_MD_SIZE];
-    unsigned int size = 0;
-    KT_CHECK(EVP_DigestFinal_ex(context_.get(), digest, &size) == 1);
-    constexpr char kDigits[] = "0123456789abcdef";
-    std::string text;
-    for (unsigned int i = 0; i < size; ++i) {
-      text += kDigits[digest[i] >> 4];
-      text += kDigits[digest[i] & 15];
-    }
-    return text;
-  }
-
- private:
-  struct Free {
-    void operator()(EVP_MD_CTX* context) const { EVP_MD_CTX_free(context); }
-  };
-  std::unique_ptr<EVP_MD_CTX, Free> context_{EVP_MD_CTX_new()};
-};
 
 }  // namespace
 
@@ -58,7 +30,7 @@ Result<std::string> fingerprint(const Checkpoint& checkpoint) {
       hash.add(sample);
     }
   }
-  return hash.hex();
+  return hexadecimal(hash.digest());
 }
 
 }  // namespace kt::coproc

@@ -37,7 +37,8 @@ Result<InputFile> InputFile::open(const std::string& path) {
     return bad_model("cannot read " + path, "it is not a regular file",
                      "check that the checkpoint is complete and readable, or download it again");
   }
-  return InputFile(path, std::move(fd), static_cast<std::uint64_t>(info.st_size));
+  const std::int64_t mtime_ns = std::int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec;
+  return InputFile(path, std::move(fd), static_cast<std::uint64_t>(info.st_size), mtime_ns);
 }
 
 Status InputFile::read_at(std::uint64_t offset, void* out, std::uint64_t bytes) const {

@@ -33,14 +33,17 @@ class InputFile {
   const std::string& path() const { return path_; }
   // Bytes when the file was opened.
   std::uint64_t size() const { return size_; }
+  // Nanoseconds since 1970, when the file was opened.
+  std::int64_t mtime_ns() const { return mtime_ns_; }
 
  private:
-  InputFile(std::string path, UniqueFd fd, std::uint64_t size)
-      : path_(std::move(path)), fd_(std::move(fd)), size_(size) {}
+  InputFile(std::string path, UniqueFd fd, std::uint64_t size, std::int64_t mtime_ns)
+      : path_(std::move(path)), fd_(std::move(fd)), size_(size), mtime_ns_(mtime_ns) {}
 
   std::string path_;
   UniqueFd fd_;
   std::uint64_t size_ = 0;
+  std::int64_t mtime_ns_ = 0;
 };
 
 }  // namespace kt::coproc
