@@ -146,8 +146,8 @@ def table(report: dict[str, Any]) -> str:
     environment = " ".join(f"{name}={value}" for name, value in report["environment"].items())
     lines += [f"  peers run with {environment}; ours with OMP_NUM_THREADS=1", ""]
     lines += [
-        "best ms of each; ratio: median of peer / ours in the same round; roofline: what the ratio would be if ours took",
-        "no longer than its FLOPs at the kernels' peak or its weights at DRAM bandwidth; rel-L2: the worst of all results",
+        "best ms of each; ratio: median of peer / ours in the same round; roofline: what the ratio would be if ours",
+        "took no longer than its FLOPs at the kernels' peak or its weights at DRAM bandwidth; rel-L2: the worst of all",
         "",
     ]
     lines.append(

@@ -120,9 +120,10 @@ def table(report: dict[str, Any]) -> str:
     peaks, layer = report["peaks"], report["layer"]
     lines = [
         report["machine"],
-        f"peak {peaks['bf16_flops'] * 1e-9:.0f} GFLOP/s in bf16, memory {peaks['dram_bytes_per_second'] * 1e-9:.1f} GB/s",
-        f"layer: hidden {layer['hidden_size']}, intermediate {layer['intermediate_size']}, {layer['num_experts']} experts, "
-        f"top {layer['top_k']}; weights cold",
+        f"peak {peaks['bf16_flops'] * 1e-9:.0f} GFLOP/s in bf16, "
+        f"memory {peaks['dram_bytes_per_second'] * 1e-9:.1f} GB/s",
+        f"layer: hidden {layer['hidden_size']}, intermediate {layer['intermediate_size']}, "
+        f"{layer['num_experts']} experts, top {layer['top_k']}; weights cold",
         "",
         f"{'':<36}{'tokens':>6} {'measured':>9} {'limit':>9}  of",
     ]
@@ -149,7 +150,8 @@ def target_line(target: dict[str, Any]) -> str:
         target["of"], target["of"]
     )
     bound = "≥" if target["at_least"] else "≤"
-    line = f"{target['name']:<36}{target['tokens']:>6} {number(target, 'measured')} {bound}{number(target, 'limit')}  {of:<22}"
+    line = f"{target['name']:<36}{target['tokens']:>6} {number(target, 'measured')} "
+    line += f"{bound}{number(target, 'limit')}  {of:<22}"
     line += "met" if target["met"] else "missed"
     if target["stretch"] is not None:
         reached = "met" if target["stretch_met"] else "missed"
@@ -163,13 +165,13 @@ def profile_lines(profile: dict[str, Any], peaks: dict[str, float]) -> list[str]
     lines = [
         f"  best {profile['seconds'] * 1e3:.2f} ms; its FLOPs take {profile['flops'] / peaks['bf16_flops'] * 1e3:.2f} ms "
         f"at the best peak of the run, its bytes {profile['bytes'] / bandwidth * 1e3:.2f} ms at the best bandwidth",
-        f"  {'stage':<18}{'weights MB':>11}{'activations MB':>16}{'LoRA MB':>9}{'their ms':>10}{'took ms':>9}",
+        f"  {'stage':<18}{'weights MB':>11}{'activations MB':>16}{'LoRA MB':>9}{'their ms':>10}{'worker ms':>11}",
     ]
     for stage in profile["stages"]:
         moved = [stage.get(key, 0) for key in ("weight_bytes", "activation_bytes", "lora_bytes")]
         line = f"  {stage['name']:<18}{moved[0] * 1e-6:>11.2f}{moved[1] * 1e-6:>16.2f}{moved[2] * 1e-6:>9.2f}"
         line += f"{sum(moved) / bandwidth * 1e3:>10.2f}"
-        lines.append(line + (f"{stage['seconds'] * 1e3:>9.2f}" if "seconds" in stage else f"{'-':>9}"))
+        lines.append(line + f"{stage['worker_seconds'] * 1e3:>11.2f}")
     return lines
 
 

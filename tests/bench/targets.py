@@ -58,7 +58,7 @@ class Verdict:
 
 
 def layer_verdicts(rows: list[dict[str, Any]], rank: int) -> list[Verdict]:
-    """Of one `kt-coproc bench layer` run in bf16. The frozen layer and the one with LoRA are held to the same shares."""
+    """Of one `kt-coproc bench layer` run in bf16. Frozen and with LoRA, the layer is held to the same shares."""
     verdicts = []
     by_key = {(row["name"], row["tokens"]): row for row in rows}
     for tokens, direction, of, at_least, stretch in SHARES:

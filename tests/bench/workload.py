@@ -99,7 +99,7 @@ def lora_weights(shape: Shape, layer: int) -> dict[str, torch.Tensor]:
 
 
 def roofline_seconds(shape: Shape, num_tokens: int, peaks: dict[str, float]) -> float:
-    """No engine on this machine takes less for a direction: FLOPs without LoRA's, and each routed expert's weights once.
+    """No engine here takes less for a direction: FLOPs without LoRA's, and each routed expert's weights once.
 
     peaks: bf16_flops and dram_bytes_per_second, as `kt-coproc bench peaks --json` has them.
     """
