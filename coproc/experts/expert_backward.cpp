@@ -56,21 +56,22 @@ void ExpertCompute::State::differentiate_rows(const Pass& pass, Block& block, Ra
                });
 }
 
-// P = dY·Wd + (s·yb)·Ad, a pair of panels of 32 columns at a time, and through the activation.
+// P = dY·Wd + (s·yb)·Ad, a group of panels of 32 columns at a time, and through the activation.
 void ExpertCompute::State::differentiate(const Pass& pass, Block& block, Range panels, Worker& worker,
                                          const Fetch& after) const {
   const WeightMatrix w = weights.down(pass.moe_index, static_cast<std::uint32_t>(block.expert));
   float* tile = worker.tile.ensure_floats(kTileFloats);
-  for_each_pair(panels, [&](Range pair) {
-    const Tile c = {tile, pair.count() * kPanelRows};
+  const std::int64_t count = transposed_group(block.num_rows());
+  for_each_group(panels, count, [&](Range group) {
+    const Tile c = {tile, group.count() * kPanelRows};
     for_each_tile(block, [&](Range rows) {
-      multiply_transposed(w, pair, rows_of(block.dy, rows.begin, ld_hidden), rows.count(), c, worker,
-                          next_transposed(w, pair, panels.end, after));
+      multiply_transposed(w, group, rows_of(block.dy, rows.begin, ld_hidden), rows.count(), c, worker,
+                          next_transposed(w, group, count, panels.end, after));
       if (rank_d.width > 0) {
-        add_lora_transposed(block.yb, rank_d, rows, pass.lora->packed(LoraLayer::kDownA, block.expert), pair, c,
+        add_lora_transposed(block.yb, rank_d, rows, pass.lora->packed(LoraLayer::kDownA, block.expert), group, c,
                             worker);
       }
-      differentiate_rows(pass, block, rows, pair, tile);
+      differentiate_rows(pass, block, rows, group, tile);
     });
   });
 }
@@ -96,16 +97,17 @@ void ExpertCompute::State::grad_x(const Pass& pass, Block& block, Range panels, 
   const WeightMatrix w = weights.gate_up(pass.moe_index, static_cast<std::uint32_t>(block.expert));
   float* tile = worker.tile.ensure_floats(kTileFloats);
   std::byte* out = out_row(block.begin);
-  for_each_pair(panels, [&](Range pair) {
-    const Tile c = {tile, pair.count() * kPanelRows};
+  const std::int64_t count = transposed_group(block.num_rows());
+  for_each_group(panels, count, [&](Range group) {
+    const Tile c = {tile, group.count() * kPanelRows};
     for_each_tile(block, [&](Range rows) {
-      multiply_transposed(w, pair, rows_of(block.gate_up, rows.begin, ld_gate_up), rows.count(), c, worker,
-                          next_transposed(w, pair, panels.end, after));
+      multiply_transposed(w, group, rows_of(block.gate_up, rows.begin, ld_gate_up), rows.count(), c, worker,
+                          next_transposed(w, group, count, panels.end, after));
       if (rank_a.width > 0) {
-        add_lora_transposed(block.gb, rank_a, rows, pass.lora->packed(LoraLayer::kGateUpA, block.expert), pair, c,
+        add_lora_transposed(block.gb, rank_a, rows, pass.lora->packed(LoraLayer::kGateUpA, block.expert), group, c,
                             worker);
       }
-      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + pair.begin * kPanelRows) * eb,
+      table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + group.begin * kPanelRows) * eb,
                        hp);
     });
   });
@@ -153,8 +155,9 @@ void ExpertCompute::State::accumulate(const Pass& pass, const Block& block, Rang
 
 void ExpertCompute::State::backward_whole(const Pass& pass, std::int32_t expert, const Fetch& after, Worker& worker) {
   const auto e = static_cast<std::uint32_t>(expert);
-  const Fetch gate_up_next = next_transposed(weights.gate_up(pass.moe_index, e), {0, 0}, hp / kPanelRows, {});
   for_each_block(expert, worker, [&](Block& block) {
+    const Fetch gate_up_next = next_transposed(weights.gate_up(pass.moe_index, e), {0, 0},
+                                               transposed_group(block.num_rows()), hp / kPanelRows, {});
     ensure_backward(pass, block);
     const Range rows = {0, block.num_rows()};
     if (pass.recompute) {
@@ -219,9 +222,10 @@ void ExpertCompute::State::run_backward(const Pass& pass) {
   run_experts(
       [&](const Node& node, std::size_t index, Worker& worker) {
         const std::int32_t next = expert_after(node, index);
-        const Fetch after = next < 0 ? Fetch{}
-                                     : next_transposed(weights.down(pass.moe_index, static_cast<std::uint32_t>(next)),
-                                                       {0, 0}, ip / kPanelRows, {});
+        const Fetch after = next < 0
+                                ? Fetch{}
+                                : next_transposed(weights.down(pass.moe_index, static_cast<std::uint32_t>(next)),
+                                                  {0, 0}, transposed_group(routes.rows_of(next)), ip / kPanelRows, {});
         backward_whole(pass, node.plan.whole[index], after, worker);
       },
       [&](const PanelTask& task, Block& block, Worker& worker) {

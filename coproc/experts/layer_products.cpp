@@ -10,10 +10,9 @@ using kernels::Fetch;
 using kernels::kPanelRows;
 using kernels::Panels;
 
-// Panels of W that make a piece of Wᵀ: 32 KiB of bf16 for a pair, which the product finds in L1 or L2.
-constexpr std::int64_t kPiecePanels = 8;
-// With so few rows a product is shorter than the transposition before it, which then brings the next piece.
-constexpr std::int64_t kFewRows = 4;
+// Blocks of 32 × 32 that are transposed before they are multiplied: 32 KiB of bf16, which the product finds in L1 or
+// L2.
+constexpr std::int64_t kPieceBlocks = 16;
 
 // LoRA's matrices are too small for a kernel to fetch on the way: the next pair's part, while this one is at work.
 void fetch_all(const Fetch& fetch) {
@@ -22,6 +21,11 @@ void fetch_all(const Fetch& fetch) {
     const std::byte* data = fetch.data + block * fetch.stride;
     for (std::int64_t at = 0; at < fetch.block_bytes; at += kLineBytes) __builtin_prefetch(data + at, 0, 2);
   }
+}
+
+// Panels of W in the piece that begins with panel `first`.
+std::int64_t piece_panels(const WeightMatrix& w, std::int64_t count, std::int64_t first) {
+  return std::min(kPieceBlocks / count, w.num_panels - first);
 }
 
 // LoRA's packed matrix as any other.
@@ -40,11 +44,11 @@ void ExpertCompute::State::multiply(const WeightMatrix& w, Range panels, const R
 
 void ExpertCompute::State::multiply_transposed(const WeightMatrix& w, Range panels, const Rows& a, std::int64_t m,
                                                const Tile& c, Worker& worker, const Fetch& next) const {
-  WeightMatrix::Piece piece = {panels.begin, panels.count(), 0, std::min(kPiecePanels, w.num_panels)};
+  WeightMatrix::Piece piece = {panels.begin, panels.count(), 0, piece_panels(w, panels.count(), 0)};
   while (true) {
     WeightMatrix::Piece following = piece;
     following.first += piece.num_panels;
-    following.num_panels = std::min(kPiecePanels, w.num_panels - following.first);
+    following.num_panels = piece_panels(w, panels.count(), following.first);
     const bool is_last = following.num_panels == 0;
     const Fetch fetch = is_last ? next : w.fetch(following, eb);
     const bool few = m <= kFewRows;
@@ -89,7 +93,7 @@ void ExpertCompute::State::add_lora(const Projection& from, LoraRank rank, Range
 void ExpertCompute::State::add_lora_transposed(const Projection& from, LoraRank rank, Range rows, const Panels& w,
                                                Range panels, const Tile& c, Worker& worker) const {
   if (rank.width == 0) return;
-  fetch_all(next_transposed(matrix(w), panels, w.k / kPanelRows, {}));
+  fetch_all(next_transposed(matrix(w), panels, panels.count(), w.k / kPanelRows, {}));
   const WeightMatrix::Piece all = {panels.begin, panels.count(), 0, w.num_panels};
   Panels narrow = matrix(w).transpose(table, all, worker.transposed, worker.weights, {});
   narrow.k = rank.depth;
@@ -101,11 +105,11 @@ Fetch ExpertCompute::State::next_pair(const WeightMatrix& w, Range pair, std::in
   return pair.end < end ? w.fetch(pair.end, std::min(kPair, end - pair.end)) : after;
 }
 
-Fetch ExpertCompute::State::next_transposed(const WeightMatrix& w, Range pair, std::int64_t end,
+Fetch ExpertCompute::State::next_transposed(const WeightMatrix& w, Range group, std::int64_t count, std::int64_t end,
                                             const Fetch& after) const {
-  if (pair.end >= end) return after;
-  return w.fetch(
-      WeightMatrix::Piece{pair.end, std::min(kPair, end - pair.end), 0, std::min(kPiecePanels, w.num_panels)}, eb);
+  if (group.end >= end) return after;
+  const std::int64_t next = std::min(count, end - group.end);
+  return w.fetch(WeightMatrix::Piece{group.end, next, 0, piece_panels(w, next, 0)}, eb);
 }
 
 }  // namespace kt::coproc
