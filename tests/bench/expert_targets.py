@@ -163,8 +163,9 @@ def profile_lines(profile: dict[str, Any], peaks: dict[str, float]) -> list[str]
     """Why: the row's two bounds, and what each stage moves beyond L2 and takes, as far as the bench knows."""
     bandwidth = peaks["dram_bytes_per_second"]
     lines = [
-        f"  best {profile['seconds'] * 1e3:.2f} ms; its FLOPs take {profile['flops'] / peaks['bf16_flops'] * 1e3:.2f} ms "
-        f"at the best peak of the run, its bytes {profile['bytes'] / bandwidth * 1e3:.2f} ms at the best bandwidth",
+        f"  best {profile['seconds'] * 1e3:.2f} ms; "
+        f"its FLOPs take {profile['flops'] / peaks['bf16_flops'] * 1e3:.2f} ms at the best peak of the run, "
+        f"its bytes {profile['bytes'] / bandwidth * 1e3:.2f} ms at the best bandwidth",
         f"  {'stage':<18}{'weights MB':>11}{'activations MB':>16}{'LoRA MB':>9}{'their ms':>10}{'worker ms':>11}",
     ]
     for stage in profile["stages"]:

@@ -13,7 +13,7 @@ FORWARD_AND_BACKWARD = """
 import hashlib, sys, torch, kt_coproc
 with kt_coproc.connect(sys.argv[1]) as client:
     experts = kt_coproc.MoEExperts(0, client)
-    model = kt_coproc.stats()["model"]
+    model = kt_coproc.stats(client)["model"]
     torch.manual_seed(5)
     hidden = torch.randn(23, model["hidden_size"], dtype=torch.bfloat16, requires_grad=True)
     scores = torch.randn(23, model["num_experts"]).softmax(-1)
