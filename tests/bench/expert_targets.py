@@ -151,7 +151,7 @@ def target_line(target: dict[str, Any]) -> str:
     )
     bound = "≥" if target["at_least"] else "≤"
     line = f"{target['name']:<36}{target['tokens']:>6} {number(target, 'measured')} "
-    line += f"{bound}{number(target, 'limit')}  {of:<22}"
+    line += f"{bound}{number(target, 'limit')}  {of:<24}"
     line += "met" if target["met"] else "missed"
     if target["stretch"] is not None:
         reached = "met" if target["stretch_met"] else "missed"
