@@ -97,6 +97,7 @@ class DaemonTest(unittest.TestCase):
         self.directory = pathlib.Path(directory.name)
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("KT_COPROC")}
         self.environment["XDG_RUNTIME_DIR"] = str(self.directory)
+        self.environment["XDG_CACHE_HOME"] = str(self.directory / "caches")
         self.runtime = self.directory / "kt-coproc"
         self.socket_path = self.runtime / "kt.sock"
 
