@@ -35,6 +35,7 @@ class Comparison:
     unavailable: str = ""
     pairs: list[rounds.Pairs] = dataclasses.field(default_factory=list)
     differences: dict[tuple[str, int], dict[str, float]] = dataclasses.field(default_factory=dict)
+    settings: dict[tuple[str, int], dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 class Bench:
@@ -50,9 +51,9 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         peaks = machine.run_bench("peaks")
-        with Daemon(self._model) as daemon:
+        with Daemon(self._model) as daemon, self._process(peers.OURS, daemon) as ours:
             status = daemon.status
-            results = [self._compare(name, daemon) for name in self._arguments.peers]
+            results = [self._compare(name, ours, daemon) for name in self._arguments.peers]
         report = {
             "schema": 1,
             "machine": peaks["machine"],
@@ -83,17 +84,18 @@ class Bench:
             also=[daemon.pid] if ours else [],
         )
 
-    def _compare(self, name: str, daemon: Daemon) -> Comparison:
+    def _compare(self, name: str, ours: rounds.PeerProcess, daemon: Daemon) -> Comparison:
         result = Comparison(name)
         say(f"{name}: loading")
-        with self._process(peers.OURS, daemon) as ours:
-            try:
-                with self._process(name, daemon) as peer:
-                    result.about = peer.about
-                    self._sample(result, ours, peer)
-            except rounds.PeerFailed as failure:
-                result.unavailable = str(failure)
-                say(f"{name}: not compared: {failure}")
+        try:
+            with self._process(name, daemon) as peer:
+                result.about = peer.about
+                self._sample(result, ours, peer)
+        except rounds.PeerFailed as failure:
+            if failure.name == peers.OURS:
+                raise
+            result.unavailable = failure.why
+            say(f"{name}: not compared: {failure.why}")
         return result
 
     def _sample(self, result: Comparison, ours: rounds.PeerProcess, peer: rounds.PeerProcess) -> None:
@@ -101,11 +103,12 @@ class Bench:
         for mode in modes:
             for num_tokens in self._arguments.tokens:
                 files = [self._work / "ours.safetensors", self._work / "peer.safetensors"]
-                for process, file in zip((ours, peer), files, strict=True):
-                    process.check(mode, num_tokens, file)
+                ours.check(mode, num_tokens, files[0])
+                result.settings[mode, num_tokens] = peer.check(mode, num_tokens, files[1])
                 result.differences[mode, num_tokens] = agreement.relative_differences(files[1], files[0])
         say(f"{result.name}: sampling")
-        result.pairs = rounds.sample_pairs(ours, peer, modes, self._arguments.tokens, self._arguments.samples)
+        wanted = (self._arguments.samples, program.rounds_max(self._arguments))
+        result.pairs = rounds.sample_pairs(ours, peer, modes, self._arguments.tokens, *wanted)
 
 
 def rows_of(result: Comparison, shape: workload.Shape, peaks: dict[str, float]) -> list[dict[str, Any]]:
@@ -129,6 +132,7 @@ def rows_of(result: Comparison, shape: workload.Shape, peaks: dict[str, float]) 
                 "disturbed": pairs.is_disturbed,
                 "relative_l2": differences,
                 "agrees": agreement.agrees(differences),
+                "settings": result.settings[pairs.mode, pairs.num_tokens],
             }
             limit = peer_targets.ratio_min(result.name, pairs.mode, direction, pairs.num_tokens)
             if limit is not None:
@@ -170,6 +174,7 @@ def row_line(row: dict[str, Any], targets_apply: bool) -> str:
         f"{row['seconds_ours'] * 1e3:>9.2f} {row['ratio']:>7.2f}  {target:<28}{row['pairs']:>5} "
         f"{max(row['relative_l2'].values()):>8.1e}"
     )
+    line += "".join(f"  {name} {value}" for name, value in row["settings"].items())
     if row["pairs_discarded"]:
         line += f"  {row['pairs_discarded']} discarded"
     if row["disturbed"]:

@@ -14,14 +14,13 @@ import rounds
 import workload
 from daemon import Daemon
 
-ROUNDS_PER_SAMPLE = 3
-
 
 def measure(
     work: Path,
     shape: workload.Shape,
     bytes_of: dict[tuple[str, int], float],
     num_samples: int,
+    rounds_max: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Rows of forward and backward at the numbers of tokens of bytes_of; a probe before and after each sample.
@@ -52,7 +51,7 @@ def measure(
             calls[mode, tokens] = rounds.calls_that_fill(rank.measure(mode, tokens, 0, 1))
             samples[mode, tokens] = []
         before = _bandwidth(daemon.num_workers)
-        for number in range(num_samples * ROUNDS_PER_SAMPLE):
+        for number in range(rounds_max):
             wanting = [key for key in sorted(keys) if _num_clean(samples[key]) < num_samples]
             if wanting:
                 say(f"through the daemon: round {number + 1}")

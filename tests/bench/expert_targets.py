@@ -4,7 +4,7 @@
     tests/bench/expert_targets --samples 9 --json targets.json
 
 Runs `kt-coproc bench` in variants that take turns, and a real daemon with one rank. What is missed is printed with the
-stages of that row: bytes beyond L2, and seconds where the bench has them.
+stages of that row: bytes beyond L2, and the workers' time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def layer_options(shape: workload.Shape) -> list[Any]:
     ]
 
 
-def run_variants(shape: workload.Shape, workers: int, num_samples: int) -> variants.Rounds:
+def run_variants(shape: workload.Shape, workers: int, arguments: argparse.Namespace) -> variants.Rounds:
     compute_bound = (512, targets.COMPUTE_BOUND)
     found = [
         variants.Variant(variants.BASE, TOKENS),
@@ -43,7 +43,7 @@ def run_variants(shape: workload.Shape, workers: int, num_samples: int) -> varia
         *(variants.Variant(f"workers: {n}", (targets.COMPUTE_BOUND,), ("--threads", str(n))) for n in (1, 2)),
     ]
     rounds = variants.Rounds(found if workers > 1 else found[:-2], layer_options(shape))
-    rounds.run(num_samples, say)
+    rounds.run(arguments.samples, program.rounds_max(arguments), say)
     return rounds
 
 
@@ -69,11 +69,11 @@ def variant_verdicts(rounds: variants.Rounds) -> list[Verdict]:
 
 
 def through_daemon(
-    work: Path, shape: workload.Shape, rows: list[dict[str, Any]], num_samples: int
+    work: Path, shape: workload.Shape, rows: list[dict[str, Any]], arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], list[Verdict]]:
     """rows: of the bench without a daemon, for the bytes."""
     bytes_of = {(row["name"], row["tokens"]): row["bytes"] for row in rows if row["tokens"] in targets.DAEMON_SHARES}
-    found = daemon_rows.measure(work, shape, bytes_of, num_samples, say)
+    found = daemon_rows.measure(work, shape, bytes_of, arguments.samples, program.rounds_max(arguments), say)
     profiles = {(row["name"], row["tokens"]): targets.profile_of(row) for row in rows}
     verdicts = []
     for row, key in zip(found, bytes_of, strict=True):
@@ -96,9 +96,9 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     say("LoRA r=64")
     wide = machine.run_bench("layer", *sizes, "--rank", 64, "--tokens", "512,2048", "--samples", samples)
     verdicts += targets.lora_verdicts(wide["rows"], 64, targets.LORA_64_ADDS)
-    rounds = run_variants(shape, base["worker_threads"], samples)
+    rounds = run_variants(shape, base["worker_threads"], arguments)
     verdicts += variant_verdicts(rounds)
-    rows, more = through_daemon(work, shape, base["rows"], samples)
+    rows, more = through_daemon(work, shape, base["rows"], arguments)
     verdicts += more
     named = [("", base["rows"]), (" r=64", [row for row in wide["rows"] if row["name"].endswith("lora")])]
     named += [(f", {name}", list(rounds.best(name).values())) for name in rounds.names if name != variants.BASE]
@@ -160,19 +160,21 @@ def target_line(target: dict[str, Any]) -> str:
 
 
 def profile_lines(profile: dict[str, Any], peaks: dict[str, float]) -> list[str]:
-    """Why: the row's two bounds, and what each stage moves beyond L2 and takes, as far as the bench knows."""
+    """Why: the row's two bounds, and what each stage moves beyond L2 and takes of all workers' time."""
     bandwidth = peaks["dram_bytes_per_second"]
     lines = [
-        f"  best {profile['seconds'] * 1e3:.2f} ms; "
+        f"  best {profile['seconds'] * 1e3:.2f} ms, {profile['barriers']} barriers; "
         f"its FLOPs take {profile['flops'] / peaks['bf16_flops'] * 1e3:.2f} ms at the best peak of the run, "
         f"its bytes {profile['bytes'] / bandwidth * 1e3:.2f} ms at the best bandwidth",
-        f"  {'stage':<18}{'weights MB':>11}{'activations MB':>16}{'LoRA MB':>9}{'their ms':>10}{'worker ms':>11}",
+        f"  {'stage':<18}{'weights MB':>11}{'activations MB':>16}{'LoRA MB':>9}{'their ms':>10}"
+        f"{'worker ms':>11}{'share':>8}",
     ]
+    total = sum(stage["worker_seconds"] for stage in profile["stages"]) or 1
     for stage in profile["stages"]:
-        moved = [stage.get(key, 0) for key in ("weight_bytes", "activation_bytes", "lora_bytes")]
+        moved = [stage[key] for key in ("weight_bytes", "activation_bytes", "lora_bytes")]
         line = f"  {stage['name']:<18}{moved[0] * 1e-6:>11.2f}{moved[1] * 1e-6:>16.2f}{moved[2] * 1e-6:>9.2f}"
-        line += f"{sum(moved) / bandwidth * 1e3:>10.2f}"
-        lines.append(line + f"{stage['worker_seconds'] * 1e3:>11.2f}")
+        line += f"{sum(moved) / bandwidth * 1e3:>10.2f}{stage['worker_seconds'] * 1e3:>11.2f}"
+        lines.append(line + f"{100 * stage['worker_seconds'] / total:>6.1f} %")
     return lines
 
 

@@ -1,6 +1,7 @@
 """A peer in a process of its own: reads commands, a JSON object a line, and answers each with one.
 
     {"do": "check", mode, tokens, file}                  call 0 through layer 0; results to a safetensors file
+        -> what the peer chose for that many tokens
     {"do": "run", mode, tokens, first, calls}            calls first, first + 1, …, each through the next layer
         -> {"forward": seconds, "backward": seconds}     of one call, on average
 
@@ -26,14 +27,15 @@ from safetensors.torch import save_file
 
 
 def check(peer: peers.Peer, shape: workload.Shape, command: dict[str, Any]) -> dict[str, Any]:
-    mode = command["mode"]
+    mode, call = command["mode"], workload.make_call(shape, command["tokens"], 0)
+    settings = peer.prepare(call)
     peer.forget()
-    tensors = peer.run(mode, 0, workload.make_call(shape, command["tokens"], 0)).tensors
+    tensors = peer.run(mode, 0, call).tensors
     if mode == peers.LORA:
         tensors.update({"grad_" + name: gradient for name, gradient in peer.lora_gradients(0).items()})
         peer.forget()
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, command["file"])
-    return {}
+    return settings
 
 
 def run(peer: peers.Peer, shape: workload.Shape, command: dict[str, Any]) -> dict[str, Any]:

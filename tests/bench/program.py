@@ -12,6 +12,8 @@ from typing import Any
 
 import machine
 
+_ROUNDS_PER_SAMPLE = 3
+
 
 def say(text: str) -> None:
     """Progress, on stderr."""
@@ -31,6 +33,11 @@ def make_parser(description: str | None, default_samples: int) -> argparse.Argum
     parser.add_argument("--work", type=Path, help="folder for a checkpoint, 2.4 GB (default: a temporary one)")
     parser.add_argument("--quick", action="store_true", help="a small layer: shows that everything runs, not how fast")
     return parser
+
+
+def rounds_max(arguments: argparse.Namespace) -> int:
+    """Disturbed samples are tried again, up to so many rounds in all; not where times mean nothing."""
+    return arguments.samples * (1 if arguments.quick else _ROUNDS_PER_SAMPLE)
 
 
 def run(

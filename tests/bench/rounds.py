@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,14 @@ import workload
 HERE = Path(__file__).resolve().parent
 SAMPLE_SECONDS = 0.2  # Long enough that a tick of /proc/stat, 10 ms, is not everything.
 CALLS_MAX = 16
-ROUNDS_PER_SAMPLE = 3  # Disturbed samples are tried again, up to this many rounds in all.
 
 
-class PeerFailed(Exception):
+class PeerFailed(machine.BenchError):
     """A peer cannot run here, or ended."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"{name} cannot be measured", why, "leave it out of --peers, or mend what it says")
+        self.name, self.why = name, why
 
 
 class PeerProcess:
@@ -77,10 +81,10 @@ class PeerProcess:
         line = self._process.stdout.readline() if ready else ""
         if not line:
             why = f"no answer within {machine.TIMEOUT} s" if not ready else f"it ended: {self._said.text()[-1500:]}"
-            raise PeerFailed(why)
+            raise PeerFailed(self.name, why)
         message = json.loads(line)
         if "error" in message:
-            raise PeerFailed(message["error"])
+            raise PeerFailed(self.name, message["error"])
         return message
 
     def _ask(self, **command: Any) -> dict[str, Any]:
@@ -91,9 +95,9 @@ class PeerProcess:
         self._pause()
         return answer
 
-    def check(self, mode: str, num_tokens: int, file: Path) -> None:
-        """Call 0's results, and the adapter's gradients, to a safetensors file in fp32."""
-        self._ask(do="check", mode=mode, tokens=num_tokens, file=str(file))
+    def check(self, mode: str, num_tokens: int, file: Path) -> dict[str, Any]:
+        """Call 0's results, and the adapter's gradients, to a safetensors file in fp32. Returns the peer's settings."""
+        return self._ask(do="check", mode=mode, tokens=num_tokens, file=str(file))
 
     def measure(self, mode: str, num_tokens: int, first: int, calls: int) -> Sample:
         others = machine.OtherLoad([self._process.pid, *self._also])
@@ -133,8 +137,6 @@ class Drain:
     """Reads what a process says, so that it never waits for a reader."""
 
     def __init__(self, stream: Any) -> None:
-        import threading
-
         self._lines: list[str] = []
         self._stream = stream
         self._thread = threading.Thread(target=lambda: self._lines.extend(stream), daemon=True)
@@ -192,7 +194,12 @@ def calls_that_fill(sample: Sample) -> int:
 
 
 def sample_pairs(
-    ours: PeerProcess, peer: PeerProcess, modes: Sequence[str], tokens: Sequence[int], num_samples: int
+    ours: PeerProcess,
+    peer: PeerProcess,
+    modes: Sequence[str],
+    tokens: Sequence[int],
+    num_samples: int,
+    rounds_max: int,
 ) -> list[Pairs]:
     """Every mode and number of tokens of a peer beside ours; whose turn is first alternates from round to round."""
     found = []
@@ -203,7 +210,7 @@ def sample_pairs(
                 process.measure(mode, num_tokens, 0, 1)  # Scratch memory grows, gradients get their memory.
                 calls[key] = calls_that_fill(process.measure(mode, num_tokens, 0, 1))
             found.append(Pairs(mode, num_tokens, calls))
-    for number in range(num_samples * ROUNDS_PER_SAMPLE):
+    for number in range(rounds_max):
         wanting = [pairs for pairs in found if len(pairs.clean()) < num_samples]
         if not wanting:
             break

@@ -96,6 +96,6 @@ def lora_verdicts(rows: list[dict[str, Any]], rank: int, limits: dict[str, float
 
 
 def profile_of(row: dict[str, Any]) -> dict[str, Any]:
-    """Of a bench row: what bounds it, and its stages with their bytes, and their seconds where the bench has them."""
-    kept = ("seconds", "roofline_seconds", "flops", "bytes")
-    return {**{key: row[key] for key in kept}, "stages": row["stages"]}
+    """Of a bench row: what bounds it, and its stages with their bytes and the workers' seconds."""
+    kept = ("seconds", "roofline_seconds", "flops", "bytes", "barriers", "stages")
+    return {key: row[key] for key in kept}

@@ -12,7 +12,6 @@ from typing import Any
 
 import machine
 
-ROUNDS_PER_SAMPLE = 3
 BASE = "bf16"
 
 
@@ -35,9 +34,9 @@ class Rounds:
         self._common = common
         self._rounds: list[dict[str, dict[tuple[str, int], dict[str, Any]]]] = []
 
-    def run(self, num_samples: int, say: Callable[[str], None]) -> None:
-        """Until every row has num_samples clean pairs, or for three times as many rounds."""
-        for number in range(num_samples * ROUNDS_PER_SAMPLE):
+    def run(self, num_samples: int, rounds_max: int, say: Callable[[str], None]) -> None:
+        """Until num_samples rounds were not disturbed, at least so many rounds, and no more than rounds_max."""
+        for number in range(rounds_max):
             if number >= num_samples and self._num_clean() >= num_samples:
                 break
             say(f"round {number + 1}: {', '.join(variant.name for variant in self._variants)}")

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from conftest import TIMEOUT, coproc_binary, environment
+from safetensors.torch import save_file
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 
@@ -57,3 +60,21 @@ def test_expert_targets_say_what_is_met() -> None:
             target["measured"] >= target["limit"] if target["at_least"] else target["measured"] <= target["limit"]
         )
         assert target["met"] or target["profile"]["stages"]
+
+
+def test_a_result_that_differs_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import agreement
+
+    print("seed 5")
+    right = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
+    one_row_missing = right.clone()
+    one_row_missing[7] = 0
+    save_file({"output": right}, tmp_path / "right")
+    save_file({"output": right.bfloat16().float()}, tmp_path / "rounded")
+    save_file({"output": one_row_missing}, tmp_path / "wrong")
+    save_file({"output": right, "grad_down_a": right.clone()}, tmp_path / "more")
+    assert agreement.agrees(agreement.relative_differences(tmp_path / "rounded", tmp_path / "right"))
+    assert not agreement.agrees(agreement.relative_differences(tmp_path / "wrong", tmp_path / "right"))
+    with pytest.raises(ValueError, match="grad_down_a"):
+        agreement.relative_differences(tmp_path / "more", tmp_path / "right")
