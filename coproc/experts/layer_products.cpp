@@ -10,13 +10,6 @@ using kernels::Fetch;
 using kernels::kPanelRows;
 using kernels::Panels;
 
-// Blocks of 32 × 32 that are transposed before they are multiplied: 32 KiB of bf16, which the product finds in L1 or
-// L2.
-constexpr std::int64_t kPieceBlocks = 16;
-// With few rows, whose groups are wide: these, their source and what is fetched meanwhile fit in L1 together.
-constexpr std::int64_t kFewRowsPieceBlocks = 8;
-constexpr std::int64_t kPanelsOfPair = 2;
-
 // LoRA's matrices are too small for a kernel to fetch on the way: the next pair's part, while this one is at work.
 void fetch_all(const Fetch& fetch) {
   constexpr std::int64_t kLineBytes = 64;
@@ -24,12 +17,6 @@ void fetch_all(const Fetch& fetch) {
     const std::byte* data = fetch.data + block * fetch.stride;
     for (std::int64_t at = 0; at < fetch.block_bytes; at += kLineBytes) __builtin_prefetch(data + at, 0, 2);
   }
-}
-
-// Panels of W in the piece that begins with panel `first`.
-std::int64_t piece_panels(const WeightMatrix& w, std::int64_t count, std::int64_t first) {
-  const std::int64_t blocks = count > kPanelsOfPair ? kFewRowsPieceBlocks : kPieceBlocks;
-  return std::min(blocks / count, w.num_panels - first);
 }
 
 // LoRA's packed matrix as any other.

@@ -139,7 +139,6 @@ void ExpertCompute::State::sum_routes(bool weighted) {
     for (const std::int64_t end = part.end; part.begin < end; part.begin = part.end) {
       part.end = std::min(part.begin + kSumTokens, end);
       const std::int64_t count = part.end - part.begin;
-      const float* result = sum;
       if (nodes.size() == 1) {
         sum_task(nodes[0], part, weighted, sum);
       } else {
@@ -149,8 +148,7 @@ void ExpertCompute::State::sum_routes(bool weighted) {
           for (std::int64_t at = 0; at < count * h; ++at) sum[at] += more[at];
         }
       }
-      table.round_rows(result, h, count, h, 1.0f, targets[static_cast<std::size_t>(part.item)] + part.begin * h * eb,
-                       h);
+      table.round_rows(sum, h, count, h, 1.0f, targets[static_cast<std::size_t>(part.item)] + part.begin * h * eb, h);
     }
     worker.clock.lap(StageId::kSum);
   });

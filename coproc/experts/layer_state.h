@@ -141,8 +141,8 @@ struct ExpertCompute::State {
                 body(task, node.blocks[static_cast<std::size_t>(task.index)], worker);
               });
   }
-  // A phase: whole(expert, worker, next expert or -1) for the whole experts, shared(task, block, worker) for the tasks
-  // of panels.
+  // A phase: whole(node, index in its plan, worker) for the whole experts, shared(task, block, worker) for the tasks of
+  // panels.
   template <class Whole, class Shared>
   void run_experts(const Whole& whole, const Shared& shared) {
     run_phase([](const Node& node) { return node.plan.whole.size() + node.panel_tasks.size(); },
@@ -229,9 +229,14 @@ struct ExpertCompute::State {
   static void for_each_pair(Range panels, const Body& body) {
     for_each_group(panels, kPair, body);
   }
-  // How many panels of Wᵀ are made at a time. With few rows reading W is all that counts, and memory gives 16 KiB of
-  // each panel of W one and a half times as fast as 4 KiB.
-  static std::int64_t transposed_group(std::int64_t num_rows) { return num_rows <= kFewRows ? 8 : kPair; }
+  // How many panels of Wᵀ are made at a time. With few rows reading W is all that counts, and memory gives 8 KiB of
+  // each panel of W faster than 4 KiB.
+  static std::int64_t transposed_group(std::int64_t num_rows) { return num_rows <= kFewRows ? 2 * kPair : kPair; }
+  // Panels of W in the piece of a group of `count` panels of Wᵀ that begins with panel `first`: 32 KiB of bf16, which
+  // the product finds in L1 or L2; with few rows 8 KiB, so that all is in L1 together with what is fetched meanwhile.
+  static std::int64_t piece_panels(const WeightMatrix& w, std::int64_t count, std::int64_t first) {
+    return std::min<std::int64_t>(count > kPair ? 1 : 8, w.num_panels - first);
+  }
   // All rows of a block, as many at a time as fit the worker's tile.
   template <class Body>
   static void for_each_tile(const Block& block, const Body& body) {

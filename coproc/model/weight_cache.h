@@ -6,7 +6,7 @@
 //   then     the records, one after the other; records_per_chunk of them are a chunk
 //
 // The key decides everything in front of the checksums, the size of the file too: whatever deviates is not used. The
-// checksums are AES-GMAC, which OpenSSL computes faster than disks read (4 GB/s a core, SHA-256 1.8 GB/s) on every CPU
+// checksums are AES-GMAC, which OpenSSL computes faster than disks read on every CPU
 // with AVX2. Their secret is the key, which is none: they find what disks, copies and accidents do to a file, and
 // chunks that belong to another place or key. Against other users stands the directory, which only we can write.
 #pragma once
