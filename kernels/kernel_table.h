@@ -50,6 +50,10 @@ struct Panels {
   std::int64_t stride = 0;
   std::int64_t num_panels = 0;  // N / 32
   std::int64_t k = 0;           // a multiple of 32; gemm takes multiples of KernelTable::k_multiple
+  // For gemm: as many panels with which k goes on, as do the rows of A; null: none. LoRA's depth behind the weights'.
+  const Panels* more = nullptr;
+  // For gemm: how many rows of the last panel are not zero. A table may spare itself the products of the others.
+  std::int64_t last_rows = kPanelRows;
 };
 
 // Memory that the caller reads next: `count` blocks of block_bytes (a multiple of 64), the first at `data`, `stride`
@@ -136,8 +140,8 @@ struct KernelTable {
   void (*transpose_panels)(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
                            const Fetch& next);
 
-  // C[m, 32·panels.num_panels] f32 (ldc) = or += A[m, k] elements (lda) · Wᵀ. m ≥ 0. While it multiplies its last
-  // panels it fetches `next`, before that its own next panels.
+  // C[m, 32·panels.num_panels] f32 (ldc) = or += A[m, k] elements (lda) · Wᵀ, and of `more` behind it. m ≥ 0. While it
+  // multiplies its last panels it fetches `next`, before that its own next panels.
   void (*gemm)(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
                bool accumulate, const Fetch& next);
 

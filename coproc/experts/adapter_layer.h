@@ -23,6 +23,7 @@ namespace kt::coproc {
 // The rank of one half of LoRA's matrices: `width` columns as packed, a multiple of 32, of which gemm needs the first
 // `depth`; the others are zero.
 struct LoraRank {
+  std::int64_t used_of_last_panel() const { return depth - (width - kernels::kPanelRows); }
   std::int64_t width = 0;  // 0: not adapted.
   std::int64_t depth = 0;
 };

@@ -13,21 +13,22 @@ void ExpertCompute::State::ensure_backward(const Pass& pass, Block& block) const
   block.dy.ensure(rows * ld_hidden * eb);
   block.gate_up.ensure(rows * ld_gate_up * eb);
   block.dw.ensure_floats(rows * (ip / kPanelRows));
-  block.yb.ensure(rows, rank_d, eb);
-  block.gb.ensure(rows, rank_a, eb);
+  block.yb.ensure_floats(rows * rank_d.width);
+  block.gb.ensure_floats(rows * rank_a.width);
   if (!pass.recompute && pass.accumulate_to == nullptr) return;
   block.x.ensure(rows * ld_hidden * eb);
   block.z.ensure(rows * ld_intermediate * eb);
-  block.xa.ensure(rows, rank_a, eb);
-  block.za.ensure(rows, rank_d, eb);
+  block.xa.ensure_floats(rows * rank_a.width);
+  block.za.ensure_floats(rows * rank_d.width);
 }
 
 // Gathered dY, and yb.
 void ExpertCompute::State::gather_dy(const Pass& pass, Block& block, Range rows, Worker& worker) const {
   gather(block, rows, block.dy.data(), [&](std::size_t item) { return pass.backward[item].dy; });
   if (rank_d.width == 0) return;
-  project_transposed(rows, rows_of(block.dy, rows.begin, ld_hidden), pass.lora->packed(LoraLayer::kDownB, block.expert),
-                     pass.lora->spec.down.scaling, block.yb, worker);
+  project_transposed(lora_matrix(pass, LoraLayer::kDownB, block.expert), pass.lora->spec.down.scaling,
+                     rows_of(block.dy, rows.begin, ld_hidden), rows.count(),
+                     block.yb.floats() + rows.begin * rank_d.width, worker);
 }
 
 // Through the activation, for a pair's columns of P: dG and dU, the parts of dw, and z where ∂/∂down_a needs it. Kept G
@@ -60,17 +61,14 @@ void ExpertCompute::State::differentiate_rows(const Pass& pass, Block& block, Ra
 void ExpertCompute::State::differentiate(const Pass& pass, Block& block, Range panels, Worker& worker,
                                          const Fetch& after) const {
   const WeightMatrix w = weights.down(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  const LoraMatrix lora = lora_matrix(pass, LoraLayer::kDownA, block.expert);
   float* tile = worker.tile.ensure_floats(kTileFloats);
   const std::int64_t count = transposed_group(block.num_rows());
   for_each_group(panels, count, [&](Range group) {
     const Tile c = {tile, group.count() * kPanelRows};
     for_each_tile(block, [&](Range rows) {
-      multiply_transposed(w, group, rows_of(block.dy, rows.begin, ld_hidden), rows.count(), c, worker,
+      multiply_transposed(w, lora, group, rows_of(block.dy, rows.begin, ld_hidden), rows.count(), c, worker,
                           next_transposed(w, group, count, panels.end, after));
-      if (rank_d.width > 0) {
-        add_lora_transposed(block.yb, rank_d, rows, pass.lora->packed(LoraLayer::kDownA, block.expert), group, c,
-                            worker);
-      }
       differentiate_rows(pass, block, rows, group, tile);
     });
   });
@@ -85,28 +83,25 @@ void ExpertCompute::State::finish_rows(const Pass& pass, Block& block, Range row
     const auto index = static_cast<std::size_t>(block.begin + row);
     pass.backward[static_cast<std::size_t>(routes.item[index])].dw[routes.route[index]] = sum;
   }
-  if (pass.accumulate_to != nullptr) project_z(pass, block, rows, worker);
+  if (pass.accumulate_to != nullptr) project_z(pass, block, rows);
   if (rank_a.width == 0) return;
-  project_transposed(rows, rows_of(block.gate_up, rows.begin, ld_gate_up),
-                     pass.lora->packed(LoraLayer::kGateUpB, block.expert), pass.lora->spec.gate_up.scaling, block.gb,
-                     worker);
+  project_transposed(lora_matrix(pass, LoraLayer::kGateUpB, block.expert), pass.lora->spec.gate_up.scaling,
+                     rows_of(block.gate_up, rows.begin, ld_gate_up), rows.count(),
+                     block.gb.floats() + rows.begin * rank_a.width, worker);
 }
 
 // dG|dU·gate_up + (s·gb)·gate_up_a, rounded per route, in the node's `out`.
 void ExpertCompute::State::grad_x(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& after) {
   const WeightMatrix w = weights.gate_up(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  const LoraMatrix lora = lora_matrix(pass, LoraLayer::kGateUpA, block.expert);
   float* tile = worker.tile.ensure_floats(kTileFloats);
   std::byte* out = out_row(block.begin);
   const std::int64_t count = transposed_group(block.num_rows());
   for_each_group(panels, count, [&](Range group) {
     const Tile c = {tile, group.count() * kPanelRows};
     for_each_tile(block, [&](Range rows) {
-      multiply_transposed(w, group, rows_of(block.gate_up, rows.begin, ld_gate_up), rows.count(), c, worker,
+      multiply_transposed(w, lora, group, rows_of(block.gate_up, rows.begin, ld_gate_up), rows.count(), c, worker,
                           next_transposed(w, group, count, panels.end, after));
-      if (rank_a.width > 0) {
-        add_lora_transposed(block.gb, rank_a, rows, pass.lora->packed(LoraLayer::kGateUpA, block.expert), group, c,
-                            worker);
-      }
       table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + group.begin * kPanelRows) * eb,
                        hp);
     });
@@ -129,27 +124,26 @@ void ExpertCompute::State::accumulate(const Pass& pass, const Block& block, Rang
   switch (which) {
     case AdapterTensor::kGateA:
     case AdapterTensor::kUpA:  // s·(dG·Bg)ᵀ·X
-      return table.lora_wgrad(block.gb.values.floats() + first * rank_a.width + column, rank_a.width,
+      return table.lora_wgrad(block.gb.floats() + first * rank_a.width + column, rank_a.width,
                               row_of(block.x, ld_hidden), ld_hidden, nullptr, rows.count(), tensor.shape.rows, h,
                               gate_up_scale, grad, h, false);
     case AdapterTensor::kGateB:
     case AdapterTensor::kUpB:  // s·dGᵀ·(X·Agᵀ); a panel of dG at a time, because dG and dU are interleaved.
       for (std::int64_t out = 0; out < i; out += kPanelRows) {
         const std::int64_t r = tensor.shape.cols;
-        table.lora_wgrad(block.xa.values.floats() + first * rank_a.width + column, rank_a.width,
+        table.lora_wgrad(block.xa.floats() + first * rank_a.width + column, rank_a.width,
                          row_of(block.gate_up, ld_gate_up) + (2 * out + (is_up ? kPanelRows : 0)) * eb, ld_gate_up,
                          nullptr, rows.count(), r, std::min(kPanelRows, i - out), gate_up_scale, grad + out * r, r,
                          true);
       }
       return;
     case AdapterTensor::kDownA:  // s·(w·dY·Bd)ᵀ·Z
-      return table.lora_wgrad(block.yb.values.floats() + first * rank_d.width, rank_d.width,
-                              row_of(block.z, ld_intermediate), ld_intermediate, w, rows.count(), tensor.shape.rows, i,
-                              down_scale, grad, i, false);
+      return table.lora_wgrad(block.yb.floats() + first * rank_d.width, rank_d.width, row_of(block.z, ld_intermediate),
+                              ld_intermediate, w, rows.count(), tensor.shape.rows, i, down_scale, grad, i, false);
     case AdapterTensor::kDownB:  // s·(w·dY)ᵀ·(Z·Adᵀ)
-      return table.lora_wgrad(block.za.values.floats() + first * rank_d.width, rank_d.width,
-                              row_of(block.dy, ld_hidden), ld_hidden, w, rows.count(), tensor.shape.cols, h, down_scale,
-                              grad, tensor.shape.cols, true);
+      return table.lora_wgrad(block.za.floats() + first * rank_d.width, rank_d.width, row_of(block.dy, ld_hidden),
+                              ld_hidden, w, rows.count(), tensor.shape.cols, h, down_scale, grad, tensor.shape.cols,
+                              true);
   }
 }
 
@@ -161,7 +155,7 @@ void ExpertCompute::State::backward_whole(const Pass& pass, std::int32_t expert,
     ensure_backward(pass, block);
     const Range rows = {0, block.num_rows()};
     if (pass.recompute) {
-      gather_x(pass, block, rows, worker);
+      gather_x(pass, block, rows);
       worker.clock.lap(StageId::kGatherX);
       gate_up(pass, block, {0, 2 * ip / kPanelRows}, worker, {});
       worker.clock.lap(StageId::kGateUp);
@@ -175,7 +169,7 @@ void ExpertCompute::State::backward_whole(const Pass& pass, std::int32_t expert,
     grad_x(pass, block, {0, hp / kPanelRows}, worker, after);
     worker.clock.lap(StageId::kGradX);
     if (pass.accumulate_to == nullptr) return;
-    if (!pass.recompute && rank_a.width > 0) gather_x(pass, block, rows, worker);
+    if (!pass.recompute && rank_a.width > 0) gather_x(pass, block, rows);
     for (const AdapterTensor which : kAdapterTensors) accumulate(pass, block, rows, which);
     worker.clock.lap(StageId::kLoraGradients);
   });
@@ -208,7 +202,7 @@ void ExpertCompute::State::run_backward(const Pass& pass) {
   run_shared(&Node::row_tasks, [&](const RowTask& task, Block& block, Worker& worker) {
     gather_dy(pass, block, {task.begin, task.end}, worker);
     worker.clock.lap(StageId::kGatherDy);
-    if (need_x) gather_x(pass, block, {task.begin, task.end}, worker);
+    if (need_x) gather_x(pass, block, {task.begin, task.end});
     worker.clock.lap(StageId::kGatherX);
   });
   if (pass.recompute) {

@@ -11,18 +11,18 @@ void ExpertCompute::State::ensure_forward(Block& block) const {
   const std::int64_t rows = block.num_rows();
   block.x.ensure(rows * ld_hidden * eb);
   block.z.ensure(rows * ld_intermediate * eb);
-  block.xa.ensure(rows, rank_a, eb);
-  block.za.ensure(rows, rank_d, eb);
+  block.xa.ensure_floats(rows * rank_a.width);
+  block.za.ensure_floats(rows * rank_d.width);
 }
 
 // Gathered X, and xa.
-void ExpertCompute::State::gather_x(const Pass& pass, Block& block, Range rows, Worker& worker) const {
+void ExpertCompute::State::gather_x(const Pass& pass, Block& block, Range rows) const {
   gather(block, rows, block.x.data(), [&](std::size_t item) -> const void* {
     return pass.forward.empty() ? pass.backward[item].act->x.data() : pass.forward[item].x;
   });
   if (rank_a.width == 0) return;
-  project(rows, rows_of(block.x, rows.begin, ld_hidden), pass.lora->packed(LoraLayer::kGateUpA, block.expert),
-          pass.lora->spec.gate_up.scaling, block.xa, worker);
+  project(lora_matrix(pass, LoraLayer::kGateUpA, block.expert), pass.lora->spec.gate_up.scaling,
+          rows_of(block.x, rows.begin, ld_hidden), rows.count(), block.xa.floats() + rows.begin * rank_a.width);
 }
 
 // A pair's columns of G and U through the activation; kept where forward is asked to, or backward needs them.
@@ -52,39 +52,35 @@ void ExpertCompute::State::activate(const Pass& pass, Block& block, Range rows, 
 void ExpertCompute::State::gate_up(const Pass& pass, Block& block, Range panels, Worker& worker,
                                    const Fetch& after) const {
   const WeightMatrix w = weights.gate_up(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  const LoraMatrix lora = lora_matrix(pass, LoraLayer::kGateUpB, block.expert);
   float* tile = worker.tile.ensure_floats(kTileFloats);
   for_each_pair(panels, [&](Range pair) {
     const Tile c = {tile, pair.count() * kPanelRows};
     for_each_tile(block, [&](Range rows) {
       const Fetch next = rows.begin == 0 ? next_pair(w, pair, panels.end, after) : Fetch{};
-      multiply(w, pair, rows_of(block.x, rows.begin, ld_hidden), rows.count(), c, worker, next);
-      if (rank_a.width > 0) {
-        add_lora(block.xa, rank_a, rows, pass.lora->packed(LoraLayer::kGateUpB, block.expert), pair, c, worker);
-      }
+      multiply(w, lora, pair, rows_of(block.x, rows.begin, ld_hidden), rows.count(), c, worker, next);
       activate(pass, block, rows, pair, tile);
     });
   });
 }
 
-void ExpertCompute::State::project_z(const Pass& pass, Block& block, Range rows, Worker& worker) const {
+void ExpertCompute::State::project_z(const Pass& pass, Block& block, Range rows) const {
   if (rank_d.width == 0) return;
-  project(rows, rows_of(block.z, rows.begin, ld_intermediate), pass.lora->packed(LoraLayer::kDownA, block.expert),
-          pass.lora->spec.down.scaling, block.za, worker);
+  project(lora_matrix(pass, LoraLayer::kDownA, block.expert), pass.lora->spec.down.scaling,
+          rows_of(block.z, rows.begin, ld_intermediate), rows.count(), block.za.floats() + rows.begin * rank_d.width);
 }
 
 // D of all rows, rounded, in the node's `out`.
 void ExpertCompute::State::down(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& after) {
   const WeightMatrix w = weights.down(pass.moe_index, static_cast<std::uint32_t>(block.expert));
+  const LoraMatrix lora = lora_matrix(pass, LoraLayer::kDownB, block.expert);
   float* tile = worker.tile.ensure_floats(kTileFloats);
   std::byte* out = out_row(block.begin);
   for_each_pair(panels, [&](Range pair) {
     const Tile c = {tile, pair.count() * kPanelRows};
     for_each_tile(block, [&](Range rows) {
       const Fetch next = rows.begin == 0 ? next_pair(w, pair, panels.end, after) : Fetch{};
-      multiply(w, pair, rows_of(block.z, rows.begin, ld_intermediate), rows.count(), c, worker, next);
-      if (rank_d.width > 0) {
-        add_lora(block.za, rank_d, rows, pass.lora->packed(LoraLayer::kDownB, block.expert), pair, c, worker);
-      }
+      multiply(w, lora, pair, rows_of(block.z, rows.begin, ld_intermediate), rows.count(), c, worker, next);
       table.round_rows(tile, c.ld, rows.count(), c.ld, 1.0f, out + (rows.begin * hp + pair.begin * kPanelRows) * eb,
                        hp);
     });
@@ -96,11 +92,11 @@ void ExpertCompute::State::forward_whole(const Pass& pass, std::int32_t expert, 
   for_each_block(expert, worker, [&](Block& block) {
     ensure_forward(block);
     const Range rows = {0, block.num_rows()};
-    gather_x(pass, block, rows, worker);
+    gather_x(pass, block, rows);
     worker.clock.lap(StageId::kGatherX);
     gate_up(pass, block, {0, 2 * ip / kPanelRows}, worker, down_w.fetch(0, std::min(kPair, down_w.num_panels)));
     worker.clock.lap(StageId::kGateUp);
-    project_z(pass, block, rows, worker);
+    project_z(pass, block, rows);
     worker.clock.lap(StageId::kProjectZ);
     down(pass, block, {0, hp / kPanelRows}, worker, after);
     worker.clock.lap(StageId::kDown);
@@ -112,7 +108,7 @@ void ExpertCompute::State::run_forward(const Pass& pass) {
     for (std::size_t n = 0; n < node.plan.shared.size(); ++n) ensure_forward(node.blocks[n]);
   }
   run_shared(&Node::row_tasks, [&](const RowTask& task, Block& block, Worker& worker) {
-    gather_x(pass, block, {task.begin, task.end}, worker);
+    gather_x(pass, block, {task.begin, task.end});
     worker.clock.lap(StageId::kGatherX);
   });
   plan_shared_panels(weights.gate_up(pass.moe_index, 0));
@@ -129,7 +125,7 @@ void ExpertCompute::State::run_forward(const Pass& pass) {
       });
   if (rank_d.width > 0) {
     run_shared(&Node::row_tasks, [&](const RowTask& task, Block& block, Worker& worker) {
-      project_z(pass, block, {task.begin, task.end}, worker);
+      project_z(pass, block, {task.begin, task.end});
       worker.clock.lap(StageId::kProjectZ);
     });
   }

@@ -10,7 +10,8 @@ using kernels::Fetch;
 using kernels::kPanelRows;
 using kernels::Panels;
 
-// LoRA's matrices are too small for a kernel to fetch on the way: the next pair's part, while this one is at work.
+// LoRA's matrices are too small to be fetched between the steps of a product: all of it before the product that ends
+// with it.
 void fetch_all(const Fetch& fetch) {
   constexpr std::int64_t kLineBytes = 64;
   for (std::int64_t block = 0; block < fetch.count; ++block) {
@@ -24,17 +25,40 @@ WeightMatrix matrix(const Panels& w) { return {w.data, w.stride, w.num_panels, w
 
 }  // namespace
 
-void ExpertCompute::State::multiply(const WeightMatrix& w, Range panels, const Rows& a, std::int64_t m, const Tile& c,
-                                    Worker& worker, const Fetch& next) const {
-  if (w.quantised && m <= table.quantised_rows_max) {
-    return table.quantised_gemm(a.data, a.ld, m, w.integers(panels.begin, panels.count()), c.data, c.ld, next);
-  }
-  const Panels elements = w.elements(table, panels.begin, panels.count(), worker.weights);
-  table.gemm(a.data, a.ld, m, elements, c.data, c.ld, c.accumulate, next);
+LoraMatrix ExpertCompute::State::lora_matrix(const Pass& pass, LoraLayer::Part part, std::int32_t expert) const {
+  const bool is_down = part == LoraLayer::kDownA || part == LoraLayer::kDownB;
+  const LoraRank& rank = is_down ? rank_d : rank_a;
+  if (rank.width == 0) return {};
+  return {pass.lora->packed(part, expert), rank};
 }
 
-void ExpertCompute::State::multiply_transposed(const WeightMatrix& w, Range panels, const Rows& a, std::int64_t m,
-                                               const Tile& c, Worker& worker, const Fetch& next) const {
+void ExpertCompute::State::multiply(const WeightMatrix& w, const LoraMatrix& lora, Range panels, const Rows& a,
+                                    std::int64_t m, const Tile& c, Worker& worker, const Fetch& next) const {
+  Panels more;
+  if (lora.rank.width > 0) {
+    more = {lora.panels.data + panels.begin * lora.panels.stride, lora.panels.stride, panels.count(), lora.rank.depth};
+    fetch_all({more.data, more.k * kPanelRows * eb, more.stride, more.num_panels});
+  }
+  if (w.quantised && m <= table.quantised_rows_max) {
+    table.quantised_gemm(a.data, a.ld, m, w.integers(panels.begin, panels.count()), c.data, c.ld, next);
+    if (more.k > 0) table.gemm(a.data + w.k * eb, a.ld, m, more, c.data, c.ld, true, {});
+    return;
+  }
+  Panels elements = w.elements(table, panels.begin, panels.count(), worker.weights);
+  if (more.k > 0) elements.more = &more;
+  table.gemm(a.data, a.ld, m, elements, c.data, c.ld, false, next);
+}
+
+// LoRA's rows of Wᵀ come behind those of the last piece.
+void ExpertCompute::State::multiply_transposed(const WeightMatrix& w, const LoraMatrix& lora, Range panels,
+                                               const Rows& a, std::int64_t m, const Tile& c, Worker& worker,
+                                               const Fetch& next, std::int64_t last_rows) const {
+  const std::int64_t block_bytes = kPanelRows * kPanelRows * eb;
+  if (lora.rank.width > 0) {
+    fetch_all({lora.panels.data + panels.begin * block_bytes, panels.count() * block_bytes, lora.panels.stride,
+               lora.panels.num_panels});
+  }
+  const bool few = m <= kFewRows;
   WeightMatrix::Piece piece = {panels.begin, panels.count(), 0, piece_panels(w, panels.count(), 0)};
   while (true) {
     WeightMatrix::Piece following = piece;
@@ -42,54 +66,36 @@ void ExpertCompute::State::multiply_transposed(const WeightMatrix& w, Range pane
     following.num_panels = piece_panels(w, panels.count(), following.first);
     const bool is_last = following.num_panels == 0;
     const Fetch fetch = is_last ? next : w.fetch(following, eb);
-    const bool few = m <= kFewRows;
-    const Panels wt = w.transpose(table, piece, worker.transposed, worker.weights, few ? fetch : Fetch{});
-    table.gemm(a.data + piece.first * kPanelRows * eb, a.ld, m, wt, c.data, c.ld, c.accumulate || piece.first > 0,
+    Panels wt = w.transpose(table, piece, is_last ? lora.panels : Panels{}, worker.transposed, worker.weights,
+                            few ? fetch : Fetch{});
+    wt.last_rows = last_rows;
+    if (is_last) wt.k += lora.rank.depth;
+    table.gemm(a.data + piece.first * kPanelRows * eb, a.ld, m, wt, c.data, c.ld, piece.first > 0,
                few ? Fetch{} : fetch);
     if (is_last) return;
     piece = following;
   }
 }
 
-void ExpertCompute::State::project(Range rows, const Rows& a, const Panels& w, double scale, Projection& to,
-                                   Worker& worker) const {
-  const std::int64_t rank = w.num_panels * kPanelRows;
-  float* values = to.values.floats() + rows.begin * rank;
-  multiply(matrix(w), {0, w.num_panels}, a, rows.count(), {values, rank}, worker, {});
-  table.round_rows(values, rank, rows.count(), rank, static_cast<float>(scale),
-                   to.rounded.data() + rows.begin * rank * eb, rank);
+void ExpertCompute::State::project(const LoraMatrix& lora, double scale, const Rows& a, std::int64_t m,
+                                   float* values) const {
+  if (lora.rank.width == 0) return;
+  Panels w = lora.panels;
+  w.last_rows = lora.rank.used_of_last_panel();
+  table.gemm(a.data, a.ld, m, w, values, lora.rank.width, false, {});
+  table.round_rows(values, lora.rank.width, m, lora.rank.width, static_cast<float>(scale), a.data + w.k * eb, a.ld);
 }
 
-void ExpertCompute::State::project_transposed(Range rows, const Rows& a, const Panels& w, double scale, Projection& to,
-                                              Worker& worker) const {
-  const std::int64_t rank = w.k;
-  float* values = to.values.floats() + rows.begin * rank;
-  for_each_pair({0, rank / kPanelRows}, [&](Range pair) {
-    multiply_transposed(matrix(w), pair, a, rows.count(), {values + pair.begin * kPanelRows, rank}, worker, {});
+void ExpertCompute::State::project_transposed(const LoraMatrix& lora, double scale, const Rows& a, std::int64_t m,
+                                              float* values, Worker& worker) const {
+  if (lora.rank.width == 0) return;
+  const std::int64_t num_panels = lora.rank.width / kPanelRows;
+  for_each_pair({0, num_panels}, [&](Range pair) {
+    multiply_transposed(matrix(lora.panels), {}, pair, a, m, {values + pair.begin * kPanelRows, lora.rank.width},
+                        worker, {}, pair.end == num_panels ? lora.rank.used_of_last_panel() : kPanelRows);
   });
-  table.round_rows(values, rank, rows.count(), rank, static_cast<float>(scale),
-                   to.rounded.data() + rows.begin * rank * eb, rank);
-}
-
-void ExpertCompute::State::add_lora(const Projection& from, LoraRank rank, Range rows, const Panels& w, Range panels,
-                                    const Tile& c, Worker& worker) const {
-  if (rank.width == 0) return;
-  Panels narrow = w;
-  narrow.k = rank.depth;
-  fetch_all(next_pair(matrix(w), panels, w.num_panels, {}));
-  multiply(matrix(narrow), panels, rows_of(from.rounded, rows.begin, rank.width), rows.count(), {c.data, c.ld, true},
-           worker, {});
-}
-
-void ExpertCompute::State::add_lora_transposed(const Projection& from, LoraRank rank, Range rows, const Panels& w,
-                                               Range panels, const Tile& c, Worker& worker) const {
-  if (rank.width == 0) return;
-  fetch_all(next_transposed(matrix(w), panels, panels.count(), w.k / kPanelRows, {}));
-  const WeightMatrix::Piece all = {panels.begin, panels.count(), 0, w.num_panels};
-  Panels narrow = matrix(w).transpose(table, all, worker.transposed, worker.weights, {});
-  narrow.k = rank.depth;
-  table.gemm(from.rounded.data() + rows.begin * rank.width * eb, rank.width, rows.count(), narrow, c.data, c.ld, true,
-             {});
+  table.round_rows(values, lora.rank.width, m, lora.rank.width, static_cast<float>(scale),
+                   a.data + lora.panels.num_panels * kPanelRows * eb, a.ld);
 }
 
 Fetch ExpertCompute::State::next_pair(const WeightMatrix& w, Range pair, std::int64_t end, const Fetch& after) {

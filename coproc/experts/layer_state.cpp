@@ -8,9 +8,11 @@ namespace {
 
 using kernels::kPanelRows;
 
-// Rows of the blocks' arrays lie a cache line more apart than they are long: rows a multiple of 4 KiB apart would share
-// the sets of L1.
-std::int64_t padded_row(std::int64_t elements) { return elements + kPanelRows; }
+// The blocks' rows are an odd number of cache lines apart: a multiple of 4 KiB would put all into the same sets of L1.
+std::int64_t row_elements(std::int64_t elements, std::int64_t element_bytes) {
+  const std::int64_t of_line = 64 / element_bytes;
+  return ((elements + of_line - 1) / of_line | 1) * of_line;
+}
 
 // X of a block takes five eighths of L2: beside it go a pair of panels, the next one, and a tile. No fewer rows than
 // amortise the reading of the weights.
@@ -35,9 +37,6 @@ ExpertCompute::State::State(ExpertDims dims_in, const kernels::KernelTable& tabl
       ip(dims.intermediate_padded()),
       eb(dims.element_bytes),
       top_k(dims.top_k),
-      ld_hidden(padded_row(hp)),
-      ld_intermediate(padded_row(ip)),
-      ld_gate_up(padded_row(2 * ip)),
       rows_max(choose_rows_max(table.l2_bytes, hp * eb)),
       nodes(static_cast<std::size_t>(pool.num_nodes())),
       num_tasks(nodes.size()),
@@ -49,6 +48,9 @@ ExpertCompute::State::State(ExpertDims dims_in, const kernels::KernelTable& tabl
 void ExpertCompute::State::plan(const LoraLayer* lora) {
   rank_a = lora == nullptr ? LoraRank{} : lora->gate_up_rank(table.k_multiple);
   rank_d = lora == nullptr ? LoraRank{} : lora->down_rank(table.k_multiple);
+  ld_hidden = row_elements(hp + std::max(rank_a.width, rank_d.width), eb);
+  ld_intermediate = row_elements(ip + rank_d.width, eb);
+  ld_gate_up = row_elements(2 * ip + rank_a.width, eb);
   const auto num_nodes = static_cast<std::int64_t>(nodes.size());
   routes.group(batch, dims.num_experts, top_k, num_nodes);
   plan_tokens(batch, token_tasks);

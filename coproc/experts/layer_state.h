@@ -3,15 +3,14 @@
 // A block is some rows of one expert. Its arrays, a row per route in the order of Routes; Hp and Ip padded sizes, ra
 // and rd the padded widths of the LoRA halves (adapter_layer.h), s their scaling:
 //
-//   x        [rows, Hp]   gathered X                      dy    [rows, Hp]   gathered dY
-//   xa       [rows, ra]   X·gate_up_aᵀ in f32, and s· in elements
-//   z        [rows, Ip]   silu(G)⊙U
-//   za       [rows, rd]   Z·down_aᵀ, f32 and s· elements
-//   gate_up  [rows, 2Ip]  interleaved: G and U where backward recomputes them, then dG and dU
-//   dw       [Ip/32, rows] ⟨P, Z⟩ of each 32 columns
-//   yb       [rows, rd]   dY·down_b, f32 and s· elements
-//   gb       [rows, ra]   dG|dU·gate_up_b, f32 and s· elements
+//   x        [rows, Hp | ra]   gathered X | s·xa            xa   [rows, ra]  X·gate_up_aᵀ
+//   z        [rows, Ip | rd]   silu(G)⊙U  | s·za            za   [rows, rd]  Z·down_aᵀ
+//   dy       [rows, Hp | rd]   gathered dY | s·yb           yb   [rows, rd]  dY·down_b
+//   gate_up  [rows, 2Ip | ra]  interleaved | s·gb           gb   [rows, ra]  dG|dU·gate_up_b
+//   dw       [Ip/32, rows]     ⟨P, Z⟩ of each 32 columns
 //
+// The left ones are elements, the right ones and dw f32. gate_up holds G and U where backward recomputes them, then dG
+// and dU. What LoRA adds to a product with W is the product of the columns behind | with its other matrix: k goes on.
 // A whole expert's blocks use the arrays of the worker that computes it, one after the other; a shared expert has
 // arrays of its own. What outlives the experts lies in `Node::out`: D of every route in forward, dX before the sum in
 // backward.
@@ -34,14 +33,10 @@ inline constexpr std::array<shm::AdapterTensor, shm::kNumAdapterTensors> kAdapte
     shm::AdapterTensor::kGateA, shm::AdapterTensor::kGateB, shm::AdapterTensor::kUpA,
     shm::AdapterTensor::kUpB,   shm::AdapterTensor::kDownA, shm::AdapterTensor::kDownB};
 
-// A narrow product of LoRA: as computed, and scaled and rounded for the next gemm. [rows, width].
-struct Projection {
-  void ensure(std::int64_t num_rows, LoraRank rank, std::int64_t element_bytes) {
-    values.ensure_floats(num_rows * rank.width);
-    rounded.ensure(num_rows * rank.width * element_bytes);
-  }
-  Scratch values;
-  Scratch rounded;
+// One of LoRA's packed matrices, of one expert. rank.width = 0: not adapted.
+struct LoraMatrix {
+  kernels::Panels panels;
+  LoraRank rank;
 };
 
 struct Block {
@@ -50,7 +45,7 @@ struct Block {
   std::int64_t begin = 0;  // Rows of Routes.
   std::int64_t end = 0;
   Scratch x, dy, z, gate_up, dw;
-  Projection xa, za, yb, gb;
+  Scratch xa, za, yb, gb;
 };
 
 // Rows [begin, end) of a block, or panels [begin, end) of a matrix.
@@ -62,13 +57,12 @@ struct Range {
 
 // Where rows of elements lie, and of f32 results.
 struct Rows {
-  const std::byte* data = nullptr;
+  std::byte* data = nullptr;
   std::int64_t ld = 0;  // Elements.
 };
 struct Tile {
   float* data = nullptr;
   std::int64_t ld = 0;
-  bool accumulate = false;
 };
 
 // The time of one worker, stage by stage.
@@ -188,27 +182,25 @@ struct ExpertCompute::State {
                  });
   }
 
-  // C[m, 32·panels] = or += A[m, k] · Wᵀ, of W's `panels`.
-  void multiply(const WeightMatrix& w, Range panels, const Rows& a, std::int64_t m, const Tile& c, Worker& worker,
-                const kernels::Fetch& next) const;
-  // C[m, 32·panels] = or += A[m, N] · W, of W's columns 32·panels: pieces of Wᵀ are made in scratch, 32 KiB at a time.
-  void multiply_transposed(const WeightMatrix& w, Range panels, const Rows& a, std::int64_t m, const Tile& c,
-                           Worker& worker, const kernels::Fetch& next) const;
-  // to[rows] = a·Wᵀ (a·W), also rounded with `scale`. `a` begins at the first of the rows.
-  void project(Range rows, const Rows& a, const kernels::Panels& w, double scale, Projection& to, Worker& worker) const;
-  void project_transposed(Range rows, const Rows& a, const kernels::Panels& w, double scale, Projection& to,
+  LoraMatrix lora_matrix(const Pass& pass, LoraLayer::Part part, std::int32_t expert) const;
+  // C[m, 32·panels] = A[m, k | rank] · (W | LoRA's B)ᵀ, of their `panels`.
+  void multiply(const WeightMatrix& w, const LoraMatrix& lora, Range panels, const Rows& a, std::int64_t m,
+                const Tile& c, Worker& worker, const kernels::Fetch& next) const;
+  // C[m, 32·panels] = A[m, N | rank] · (W over LoRA's A), of their columns 32·panels: pieces of Wᵀ are made in scratch,
+  // 32 KiB at a time. last_rows: of the last panel's columns, those that are not zero.
+  void multiply_transposed(const WeightMatrix& w, const LoraMatrix& lora, Range panels, const Rows& a, std::int64_t m,
+                           const Tile& c, Worker& worker, const kernels::Fetch& next,
+                           std::int64_t last_rows = kernels::kPanelRows) const;
+  // values[m, rank] = A·LoRAᵀ (A·LoRA); the same rounded with `scale` goes behind A's columns.
+  void project(const LoraMatrix& lora, double scale, const Rows& a, std::int64_t m, float* values) const;
+  void project_transposed(const LoraMatrix& lora, double scale, const Rows& a, std::int64_t m, float* values,
                           Worker& worker) const;
-  // C += the projected rows · Wᵀ (· W), of LoRA's other matrix.
-  void add_lora(const Projection& from, LoraRank rank, Range rows, const kernels::Panels& w, Range panels,
-                const Tile& c, Worker& worker) const;
-  void add_lora_transposed(const Projection& from, LoraRank rank, Range rows, const kernels::Panels& w, Range panels,
-                           const Tile& c, Worker& worker) const;
 
   // Stages of forward, for a part of a block.
-  void gather_x(const Pass& pass, Block& block, Range rows, Worker& worker) const;
+  void gather_x(const Pass& pass, Block& block, Range rows) const;
   void gate_up(const Pass& pass, Block& block, Range panels, Worker& worker, const kernels::Fetch& next) const;
   void activate(const Pass& pass, Block& block, Range rows, Range panels, const float* tile) const;
-  void project_z(const Pass& pass, Block& block, Range rows, Worker& worker) const;
+  void project_z(const Pass& pass, Block& block, Range rows) const;
   void down(const Pass& pass, Block& block, Range panels, Worker& worker, const kernels::Fetch& next);
 
   // Stages of backward.
@@ -296,9 +288,11 @@ struct ExpertCompute::State {
   const ExpertWeights& weights;
   WorkerPool& pool;
   std::int64_t h, hp, i, ip, eb, top_k;
-  std::int64_t ld_hidden, ld_intermediate, ld_gate_up;  // Rows of the blocks' arrays.
-  std::int64_t rows_max;                                // Of a whole expert's block.
-  LoraRank rank_a, rank_d;                              // Of this pass: ra and rd.
+  std::int64_t rows_max;       // Of a whole expert's block.
+  LoraRank rank_a, rank_d;     // Of this pass: ra and rd.
+  std::int64_t ld_hidden = 0;  // Of this pass, of the blocks' arrays.
+  std::int64_t ld_intermediate = 0;
+  std::int64_t ld_gate_up = 0;
 
   std::vector<RoutesOfItem> batch;
   Routes routes;

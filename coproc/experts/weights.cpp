@@ -24,10 +24,12 @@ kernels::Panels WeightMatrix::elements(const kernels::KernelTable& table, std::i
   return {to, to_stride, count, k};
 }
 
-kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, const Piece& piece, Scratch& transposed,
-                                        Scratch& scratch, const kernels::Fetch& next) const {
+kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, const Piece& piece,
+                                        const kernels::Panels& more, Scratch& transposed, Scratch& scratch,
+                                        const kernels::Fetch& next) const {
   const std::int64_t block_bytes = kPanelRows * kPanelRows * table.element_bytes;
-  const std::int64_t to_stride = kernels::panel_stride_bytes(piece.num_panels * kPanelRows, table.element_bytes);
+  const std::int64_t to_stride =
+      kernels::panel_stride_bytes((piece.num_panels + more.num_panels) * kPanelRows, table.element_bytes);
   std::byte* to = transposed.ensure(piece.count * to_stride);
   const std::byte* from = data + piece.first * stride;
   kernels::Panels source = {from, stride, piece.num_panels, k};
@@ -41,6 +43,9 @@ kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, const
     q = 0;
   }
   table.transpose_panels(source, q, piece.count, to, to_stride, next);
+  if (more.num_panels > 0) {
+    table.transpose_panels(more, piece.q, piece.count, to + piece.num_panels * block_bytes, to_stride, {});
+  }
   return {to, to_stride, piece.count, piece.num_panels * kPanelRows};
 }
 

@@ -28,15 +28,16 @@ struct WeightMatrix {
   }
   // Panels q … q + count - 1 of the transpose, in `transposed`, as far as they come from panels [first, first +
   // num_panels). Quantised weights pass through `scratch` as they do in elements(): both directions multiply by the
-  // same numbers.
+  // same numbers. Behind them the same panels of the transpose of `more`, whose k is theirs; no panels: nothing. Its
+  // rows are not in the result's k: how many of them there are is up to the caller.
   struct Piece {
     std::int64_t q = 0;
     std::int64_t count = 1;
     std::int64_t first = 0;
     std::int64_t num_panels = 0;
   };
-  kernels::Panels transpose(const kernels::KernelTable& table, const Piece& piece, Scratch& transposed,
-                            Scratch& scratch, const kernels::Fetch& next) const;
+  kernels::Panels transpose(const kernels::KernelTable& table, const Piece& piece, const kernels::Panels& more,
+                            Scratch& transposed, Scratch& scratch, const kernels::Fetch& next) const;
 
   // What will be read for panels [begin, begin + count), or for a piece of the transpose.
   kernels::Fetch fetch(std::int64_t begin, std::int64_t count) const {

@@ -33,8 +33,8 @@ struct HardwareTile {
   }
 };
 
-void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
-          const Fetch& next) {
+void multiply_all(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
+                  bool accumulate, const Fetch& next) {
   HardwareTile tile;
   multiply(tile, {static_cast<const Element*>(a), lda, w, c, ldc, accumulate, next}, m);
 }

@@ -21,6 +21,7 @@ constexpr int kLanes = 16;
 #include "kernels/avx512/transpose.inl"
 #include "kernels/amx/nest.inl"
 #include "kernels/amx/gemm.inl"
+#include "kernels/generic/continued_gemm.inl"
 #include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"

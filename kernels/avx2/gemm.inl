@@ -107,8 +107,8 @@ constexpr MultiplyPanels kMultiplyPanels[kRowsMax] = {multiply_panels<1>, multip
 
 // Chunks of rows as equal as can be: 7 rows are 3 + 4, not 6 + 1, whose single row would wait for its own additions.
 // Between blocks of k the accumulators rest in C: storing a float does not round it.
-void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
-          const Fetch& fetch) {
+void multiply_all(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
+                  bool accumulate, const Fetch& fetch) {
   if (m == 0) return;
   alignas(kLineBytes) float widened[2][kRowsMax * kRowFloats];  // of this chunk and of the next one
   const std::int64_t num_chunks = (m + kRowsMax - 1) / kRowsMax;

@@ -21,6 +21,7 @@ constexpr int kLanes = 8;
 #include "kernels/generic/fetch.inl"
 #include "kernels/generic/quantised.inl"
 #include "kernels/avx2/gemm.inl"
+#include "kernels/generic/continued_gemm.inl"
 #include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"

@@ -12,55 +12,78 @@ inline F32 dot_pair(F32 acc, const Element* a, __m512bh b) {
   return _mm512_dpbf16_ps(acc, b, __builtin_bit_cast(__m512bh, _mm512_set1_epi32(pair)));
 }
 
-// C[R, 32·P] from R rows of A and P panels, `stride` bytes apart. One tick of the fetcher for each pair of k.
-template <std::int64_t R, std::int64_t P>
-void multiply_rows(const Element* a, std::int64_t lda, const std::byte* panel, std::int64_t stride, std::int64_t k,
-                   float* c, std::int64_t ldc, bool accumulate, Fetcher& fetcher) {
-  constexpr std::int64_t kVectors = 2 * P;
-  Vectors<R * kVectors> acc;
-  if (accumulate) {
-    for (std::int64_t r = 0; r < R; ++r)
-      for (std::int64_t v = 0; v < kVectors; ++v) acc[r * kVectors + v] = load(c + r * ldc + v * kLanes);
-  }
-  Fetcher fetch = fetcher;
-  for (std::int64_t pair = 0; pair < k / 2; ++pair) {
-    __m512bh b[static_cast<std::size_t>(kVectors)];
-    for (std::int64_t v = 0; v < kVectors; ++v)
-      __builtin_memcpy(&b[v], panel + v / 2 * stride + pair * kPairBytes + v % 2 * kLineBytes, kLineBytes);
+// The panels of W or those that continue them, and the row of A that meets them.
+struct Operands {
+  const Element* a;
+  std::int64_t lda;
+  const std::byte* panel;
+  std::int64_t stride;
+  std::int64_t k;
+};
+
+// acc[R][V] += R rows of A times V vectors of columns. One tick of the fetcher for each pair of k.
+template <std::int64_t R, std::int64_t V>
+[[gnu::always_inline]] inline void multiply_pairs(const Operands& in, Vectors<R * V>& acc, Fetcher& fetch) {
+  for (std::int64_t pair = 0; pair < in.k / 2; ++pair) {
+    __m512bh b[static_cast<std::size_t>(V)];
+    for (std::int64_t v = 0; v < V; ++v)
+      __builtin_memcpy(&b[v], in.panel + v / 2 * in.stride + pair * kPairBytes + v % 2 * kLineBytes, kLineBytes);
     fetch.tick();
     for (std::int64_t r = 0; r < R; ++r)
-      for (std::int64_t v = 0; v < kVectors; ++v)
-        acc[r * kVectors + v] = dot_pair(acc[r * kVectors + v], a + r * lda + 2 * pair, b[v]);
+      for (std::int64_t v = 0; v < V; ++v)
+        acc[r * V + v] = dot_pair(acc[r * V + v], in.a + r * in.lda + 2 * pair, b[v]);
   }
-  fetcher = fetch;
-  for (std::int64_t r = 0; r < R; ++r)
-    for (std::int64_t v = 0; v < kVectors; ++v) store(c + r * ldc + v * kLanes, acc[r * kVectors + v]);
 }
 
-using MultiplyRows = void (*)(const Element*, std::int64_t, const std::byte*, std::int64_t, std::int64_t, float*,
-                              std::int64_t, bool, Fetcher&);
-template <std::int64_t P>
-constexpr MultiplyRows kMultiplyRows[kRowsMax] = {multiply_rows<1, P>, multiply_rows<2, P>, multiply_rows<3, P>,
-                                                  multiply_rows<4, P>, multiply_rows<5, P>, multiply_rows<6, P>};
+// C[R, 16·V] from R rows of A and W, then of `more`, whose k may be 0.
+template <std::int64_t R, std::int64_t V>
+void multiply_rows(const Operands& w, const Operands& more, float* c, std::int64_t ldc, bool accumulate,
+                   Fetcher& fetcher) {
+  Vectors<R * V> acc;
+  if (accumulate) {
+    for (std::int64_t r = 0; r < R; ++r)
+      for (std::int64_t v = 0; v < V; ++v) acc[r * V + v] = load(c + r * ldc + v * kLanes);
+  }
+  Fetcher fetch = fetcher;
+  multiply_pairs<R, V>(w, acc, fetch);
+  multiply_pairs<R, V>(more, acc, fetch);
+  fetcher = fetch;
+  for (std::int64_t r = 0; r < R; ++r)
+    for (std::int64_t v = 0; v < V; ++v) store(c + r * ldc + v * kLanes, acc[r * V + v]);
+}
+
+using MultiplyRows = void (*)(const Operands&, const Operands&, float*, std::int64_t, bool, Fetcher&);
+template <std::int64_t V>
+constexpr MultiplyRows kMultiplyRows[kRowsMax] = {multiply_rows<1, V>, multiply_rows<2, V>, multiply_rows<3, V>,
+                                                  multiply_rows<4, V>, multiply_rows<5, V>, multiply_rows<6, V>};
+
+void clear_columns(float* c, std::int64_t ldc, std::int64_t m) {
+  for (std::int64_t row = 0; row < m; ++row) store(c + row * ldc, F32{});
+}
 
 // Chunks of rows as equal as can be: 7 rows are 4 + 3, not 6 + 1, whose single row would wait for its own additions.
 void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
           const Fetch& next) {
   const std::int64_t num_chunks = (m + kRowsMax - 1) / kRowsMax;
+  const Panels nothing;
+  const Panels& more = w.more == nullptr ? nothing : *w.more;
   for (std::int64_t panel = 0; panel < w.num_panels; panel += 2) {
-    const bool two = panel + 1 < w.num_panels;
-    const std::byte* data = w.data + panel * w.stride;
     const std::int64_t left = w.num_panels - panel - 2;
+    const bool half = left == -1 && w.last_rows <= kLanes;
+    const MultiplyRows* multiply = left >= 0 ? kMultiplyRows<4> : half ? kMultiplyRows<1> : kMultiplyRows<2>;
+    const std::byte* data = w.data + panel * w.stride;
     Fetcher fetcher(left > 0 ? Fetch{data + 2 * w.stride, w.k * kPairBytes / 2, w.stride, left < 2 ? left : 2} : next,
-                    num_chunks * w.k / 2);
+                    num_chunks * (w.k + more.k) / 2);
     std::int64_t row = 0;
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       const std::int64_t rows = (m - row + num_chunks - chunk - 1) / (num_chunks - chunk);
-      const MultiplyRows multiply = (two ? kMultiplyRows<2> : kMultiplyRows<1>)[rows - 1];
-      multiply(static_cast<const Element*>(a) + row * lda, lda, data, w.stride, w.k, c + row * ldc + panel * kPanelRows,
-               ldc, accumulate, fetcher);
+      const Element* from = static_cast<const Element*>(a) + row * lda;
+      multiply[rows - 1]({from, lda, data, w.stride, w.k},
+                         {from + w.k, lda, more.data + panel * more.stride, more.stride, more.k},
+                         c + row * ldc + panel * kPanelRows, ldc, accumulate, fetcher);
       row += rows;
     }
+    if (half && !accumulate) clear_columns(c + panel * kPanelRows + kLanes, ldc, m);
   }
 }
 

@@ -57,8 +57,8 @@ void multiply_rows(const Element* a, std::int64_t lda, const Panels& w, float* c
   }
 }
 
-void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
-          const Fetch&) {
+void multiply_all(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
+                  bool accumulate, const Fetch&) {
   const Element* in = static_cast<const Element*>(a);
   std::int64_t row = 0;
   for (; row + kRowsMax <= m; row += kRowsMax)

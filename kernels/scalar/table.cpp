@@ -17,6 +17,7 @@ constexpr int kLanes = 4;
 #include "kernels/generic/fetch.inl"
 #include "kernels/generic/quantised.inl"
 #include "kernels/scalar/gemm.inl"
+#include "kernels/generic/continued_gemm.inl"
 #include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"

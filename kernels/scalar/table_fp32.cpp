@@ -16,6 +16,7 @@ constexpr int kLanes = 4;
 #include "kernels/generic/layout.inl"
 #include "kernels/generic/fetch.inl"
 #include "kernels/scalar/gemm.inl"
+#include "kernels/generic/continued_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/training.inl"
 // clang-format on

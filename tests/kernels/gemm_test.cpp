@@ -116,24 +116,57 @@ TEST_P(Gemm, ManyRowsOfGreatDepthHaveTheBitsOfTheModel) {
     expect_rows(a, packed.panels(), from, model(a, w, from), 0, 70);
 }
 
+// k may come in two calls, or the panels of the second part continue those of the first.
 TEST_P(Gemm, AProductInTwoPartsOfKHasTheBitsOfTheWhole) {
   constexpr std::int64_t kFirst = 64;
-  constexpr std::int64_t kSecond = 32;
-  const std::int64_t m = std::min<std::int64_t>(13, max_rows());
-  const Matrix a = make(m, kFirst + kSecond, Values::kNormal, 0);
-  const Matrix w = make(64, kFirst + kSecond, Values::kNormal, 0);
-  Matrix first(64, kFirst, element_bytes());
-  Matrix second(64, kSecond, element_bytes());
-  for (std::int64_t n = 0; n < 64; ++n) {
-    for (std::int64_t k = 0; k < kFirst; ++k) first.set(n, k, w.get(n, k));
-    for (std::int64_t k = 0; k < kSecond; ++k) second.set(n, k, w.get(n, kFirst + k));
+  constexpr std::int64_t kColumns = 96;
+  constexpr std::int64_t kPanels = kColumns / kernels::kPanelRows;
+  for (const std::int64_t second_k : {table().k_multiple, std::int64_t{64}}) {
+    const Matrix a = make(max_rows(), kFirst + second_k, Values::kNormal, 6);
+    const Matrix w = make(kColumns, kFirst + second_k, Values::kNormal, 0);
+    const Matrix want = model(a, w, nullptr);
+    Matrix first(kColumns, kFirst, element_bytes());
+    Matrix second(kColumns, second_k, element_bytes());
+    for (std::int64_t n = 0; n < kColumns; ++n) {
+      for (std::int64_t k = 0; k < kFirst; ++k) first.set(n, k, w.get(n, k));
+      for (std::int64_t k = 0; k < second_k; ++k) second.set(n, k, w.get(n, kFirst + k));
+    }
+    const PackedWeights first_packed(table(), first, kFirst, kPanels);
+    const PackedWeights second_packed(table(), second, std::max(second_k, kernels::kPanelRows), kPanels);
+    Panels behind = second_packed.panels();
+    behind.k = second_k;
+    Panels continued = first_packed.panels();
+    continued.more = &behind;
+    for (const std::int64_t m : row_counts()) {
+      Matrix got(m, kColumns, 4);
+      table().gemm(a.data(), a.ld(), m, first_packed.panels(), got.floats(), got.ld(), false, {});
+      table().gemm(a.data() + kFirst * element_bytes(), a.ld(), m, behind, got.floats(), got.ld(), true, {});
+      Matrix expected(m, kColumns, 4);
+      for (std::int64_t r = 0; r < m; ++r)
+        for (std::int64_t n = 0; n < kColumns; ++n) expected.set(r, n, want.get(r, n));
+      EXPECT_TRUE(same_matrix(expected, got)) << "two calls, rows " << m << ", second k " << second_k;
+      expect_rows(a, continued, nullptr, want, 0, m);
+    }
   }
-  Matrix got(m, 64, 4);
-  table().gemm(a.data(), a.ld(), m, PackedWeights(table(), first, kFirst, 2).panels(), got.floats(), got.ld(), false,
-               {});
-  table().gemm(a.data() + kFirst * element_bytes(), a.ld(), m, PackedWeights(table(), second, kSecond, 2).panels(),
-               got.floats(), got.ld(), true, {});
-  EXPECT_TRUE(same_matrix(model(a, w, nullptr), got));
+}
+
+// Products with rows that are said to be zero may be left out: C has zeros there either way.
+TEST_P(Gemm, RowsBehindTheLastOnesAreZeroInC) {
+  constexpr std::int64_t kK = 64;
+  for (const std::int64_t num_panels : {1, 3}) {
+    const std::int64_t n = num_panels * kernels::kPanelRows;
+    for (const std::int64_t last_rows : {1, 16, 17, 32}) {
+      const Matrix a = make(max_rows(), kK, Values::kNormal, 0);
+      Matrix w = make(n, kK, Values::kNormal, 0);
+      for (std::int64_t row = n - kernels::kPanelRows + last_rows; row < n; ++row)
+        for (std::int64_t k = 0; k < kK; ++k) w.set(row, k, 0.0f);
+      const PackedWeights packed(table(), w, kK, num_panels);
+      Panels panels = packed.panels();
+      panels.last_rows = last_rows;
+      const Matrix want = model(a, w, nullptr);
+      for (const std::int64_t m : row_counts()) expect_rows(a, panels, nullptr, want, 0, m);
+    }
+  }
 }
 
 TEST_P(Gemm, EverySecondPanelIsAViewLikeAnyOther) {
