@@ -116,9 +116,8 @@ struct KernelTable {
   std::string_view name;   // "amx", "avx512", "avx2", "scalar": also the value of --kernels.
   std::uint32_t required;  // CpuFeature bits this table needs.
   std::int64_t element_bytes;
-  std::int64_t
-      k_multiple;  // What the k of gemm's panels is a multiple of: 16 where LoRA's depth may be so narrow, or 32.
-  std::int64_t l2_bytes;            // L2 of a core of the smallest CPU that runs this table.
+  std::int64_t k_multiple;  // What the k of gemm's panels is a multiple of: 32, or less where LoRA's depth may be.
+  std::int64_t l2_bytes;    // L2 of a core of the smallest CPU that runs this table.
   std::int64_t quantised_rows_max;  // Up to so many rows quantised_gemm is faster than dequantise and gemm; 0: never.
 
   // Packs rows[n, k] (elements, leading dimension ld) into panels of k_padded columns; rows from n to 32·num_panels
@@ -172,11 +171,12 @@ struct KernelTable {
                           std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
                           std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
 
-  // grad[r, n] f32 (ldg) += scale · Σ_m left[m, r]·row_scale[m]·right[m, n]; left f32 (ldl), right elements (ldr),
-  // row_scale null = 1. transposed: grad is [n, r]. Sums of 256 m, ascending, in fp32 are added one after the other.
-  void (*lora_wgrad)(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr, const float* row_scale,
-                     std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad, std::int64_t ldg,
-                     bool transposed);
+  // grad[r, n] f32 (ldg) += Σ_m L[m, r]·right[m, n], by gemm: L = round(scale · left[m, r] f32 (ldl) · row_scale[m]) in
+  // elements, row_scale null = 1. Columns 32p … 32p + 31 of right (elements, ldr) begin at p · panel_step. transposed:
+  // grad is [n, r]. The sum of each 128 m, ascending, is added to grad.
+  void (*lora_wgrad)(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr, std::int64_t panel_step,
+                     const float* row_scale, std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad,
+                     std::int64_t ldg, bool transposed);
 
   // sum[t, 0…n) f32 (lds) = Σ_j weight[t,j] · rows[route_row[t,j]] over j ascending; route_row -1 adds nothing; weight
   // null = 1. rows elements (ld).

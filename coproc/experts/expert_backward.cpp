@@ -121,29 +121,27 @@ void ExpertCompute::State::accumulate(const Pass& pass, const Block& block, Rang
   const auto gate_up_scale = static_cast<float>(lora.spec.gate_up.scaling);
   const auto down_scale = static_cast<float>(lora.spec.down.scaling);
   const auto row_of = [&](const Scratch& array, std::int64_t ld) { return array.data() + first * ld * eb; };
+  // Panels of dG and dU alternate.
+  const std::byte* half = row_of(block.gate_up, ld_gate_up) + (is_up ? kPanelRows : 0) * eb;
   switch (which) {
     case AdapterTensor::kGateA:
     case AdapterTensor::kUpA:  // s·(dG·Bg)ᵀ·X
       return table.lora_wgrad(block.gb.floats() + first * rank_a.width + column, rank_a.width,
-                              row_of(block.x, ld_hidden), ld_hidden, nullptr, rows.count(), tensor.shape.rows, h,
-                              gate_up_scale, grad, h, false);
+                              row_of(block.x, ld_hidden), ld_hidden, kPanelRows, nullptr, rows.count(),
+                              tensor.shape.rows, h, gate_up_scale, grad, h, false);
     case AdapterTensor::kGateB:
-    case AdapterTensor::kUpB:  // s·dGᵀ·(X·Agᵀ); a panel of dG at a time, because dG and dU are interleaved.
-      for (std::int64_t out = 0; out < i; out += kPanelRows) {
-        const std::int64_t r = tensor.shape.cols;
-        table.lora_wgrad(block.xa.floats() + first * rank_a.width + column, rank_a.width,
-                         row_of(block.gate_up, ld_gate_up) + (2 * out + (is_up ? kPanelRows : 0)) * eb, ld_gate_up,
-                         nullptr, rows.count(), r, std::min(kPanelRows, i - out), gate_up_scale, grad + out * r, r,
-                         true);
-      }
-      return;
+    case AdapterTensor::kUpB:  // s·dGᵀ·(X·Agᵀ)
+      return table.lora_wgrad(block.xa.floats() + first * rank_a.width + column, rank_a.width, half, ld_gate_up,
+                              2 * kPanelRows, nullptr, rows.count(), tensor.shape.cols, i, gate_up_scale, grad,
+                              tensor.shape.cols, true);
     case AdapterTensor::kDownA:  // s·(w·dY·Bd)ᵀ·Z
       return table.lora_wgrad(block.yb.floats() + first * rank_d.width, rank_d.width, row_of(block.z, ld_intermediate),
-                              ld_intermediate, w, rows.count(), tensor.shape.rows, i, down_scale, grad, i, false);
+                              ld_intermediate, kPanelRows, w, rows.count(), tensor.shape.rows, i, down_scale, grad, i,
+                              false);
     case AdapterTensor::kDownB:  // s·(w·dY)ᵀ·(Z·Adᵀ)
       return table.lora_wgrad(block.za.floats() + first * rank_d.width, rank_d.width, row_of(block.dy, ld_hidden),
-                              ld_hidden, w, rows.count(), tensor.shape.cols, h, down_scale, grad, tensor.shape.cols,
-                              true);
+                              ld_hidden, kPanelRows, w, rows.count(), tensor.shape.cols, h, down_scale, grad,
+                              tensor.shape.cols, true);
   }
 }
 

@@ -10,8 +10,7 @@ using kernels::Fetch;
 using kernels::kPanelRows;
 using kernels::Panels;
 
-// LoRA's matrices are too small to be fetched between the steps of a product: all of it before the product that ends
-// with it.
+// LoRA's blocks behind a transposed product are too small to be fetched between its steps: all of them before it.
 void fetch_all(const Fetch& fetch) {
   constexpr std::int64_t kLineBytes = 64;
   for (std::int64_t block = 0; block < fetch.count; ++block) {
@@ -37,7 +36,6 @@ void ExpertCompute::State::multiply(const WeightMatrix& w, const LoraMatrix& lor
   Panels more;
   if (lora.rank.width > 0) {
     more = {lora.panels.data + panels.begin * lora.panels.stride, lora.panels.stride, panels.count(), lora.rank.depth};
-    fetch_all({more.data, more.k * kPanelRows * eb, more.stride, more.num_panels});
   }
   if (w.quantised && m <= table.quantised_rows_max) {
     table.quantised_gemm(a.data, a.ld, m, w.integers(panels.begin, panels.count()), c.data, c.ld, next);

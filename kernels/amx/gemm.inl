@@ -10,6 +10,8 @@
 // moves of tiles declare all of memory. No include guard: see kernels/README.md.
 namespace {
 
+constexpr std::int64_t kDepthMultiple = kStep;  // KernelTable::k_multiple
+
 struct HardwareTile {
   void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" : : "m"(config) : "memory"); }
   void release() { __asm__ volatile("tilerelease"); }

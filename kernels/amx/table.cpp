@@ -24,7 +24,8 @@ constexpr int kLanes = 16;
 #include "kernels/generic/continued_gemm.inl"
 #include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
-#include "kernels/generic/training.inl"
+#include "kernels/generic/lora_wgrad.inl"
+#include "kernels/generic/adamw.inl"
 // clang-format on
 
 extern const KernelTable kTable;
@@ -32,7 +33,7 @@ constinit const KernelTable kTable = {
     .name = "amx",
     .required = kAmxBf16 | kAvx512Bf16,
     .element_bytes = sizeof(Element),
-    .k_multiple = 32,
+    .k_multiple = kDepthMultiple,
     .l2_bytes = 2 << 20,
     .quantised_rows_max = 0,
     .pack = pack,

@@ -2,8 +2,12 @@
 // per pair of k, pairs ascending, rounded to nearest, subnormals taken and given as zero. No include guard.
 namespace {
 
-// Register block: 6 rows × 64 columns = 24 accumulators and 4 vectors of B; A comes broadcast from memory.
+// Register block: 6 rows × 64 columns, or 12 × 32 (or × 16) of a lone panel: 24 accumulators and 4 vectors of B; A
+// comes broadcast from memory.
+constexpr std::int64_t kAccumulatorsMax = 24;
 constexpr std::int64_t kRowsMax = 6;
+constexpr std::int64_t kRowsMaxOfOnePanel = 12;
+constexpr std::int64_t kDepthMultiple = 2;  // KernelTable::k_multiple
 
 // acc + the pair of bf16 at `a` times 16 pairs of b.
 inline F32 dot_pair(F32 acc, const Element* a, __m512bh b) {
@@ -40,10 +44,8 @@ template <std::int64_t R, std::int64_t V>
 void multiply_rows(const Operands& w, const Operands& more, float* c, std::int64_t ldc, bool accumulate,
                    Fetcher& fetcher) {
   Vectors<R * V> acc;
-  if (accumulate) {
-    for (std::int64_t r = 0; r < R; ++r)
-      for (std::int64_t v = 0; v < V; ++v) acc[r * V + v] = load(c + r * ldc + v * kLanes);
-  }
+  for (std::int64_t r = 0; r < R; ++r)
+    for (std::int64_t v = 0; v < V; ++v) acc[r * V + v] = accumulate ? load(c + r * ldc + v * kLanes) : F32{};
   Fetcher fetch = fetcher;
   multiply_pairs<R, V>(w, acc, fetch);
   multiply_pairs<R, V>(more, acc, fetch);
@@ -53,9 +55,25 @@ void multiply_rows(const Operands& w, const Operands& more, float* c, std::int64
 }
 
 using MultiplyRows = void (*)(const Operands&, const Operands&, float*, std::int64_t, bool, Fetcher&);
+// For 1 … 12 rows, as far as the accumulators are registers.
+template <std::int64_t R, std::int64_t V>
+constexpr MultiplyRows multiply_rows_if_they_fit() {
+  if constexpr (R * V <= kAccumulatorsMax) return multiply_rows<R, V>;
+  return nullptr;
+}
 template <std::int64_t V>
-constexpr MultiplyRows kMultiplyRows[kRowsMax] = {multiply_rows<1, V>, multiply_rows<2, V>, multiply_rows<3, V>,
-                                                  multiply_rows<4, V>, multiply_rows<5, V>, multiply_rows<6, V>};
+constexpr MultiplyRows kMultiplyRows[] = {multiply_rows<1, V>,
+                                          multiply_rows<2, V>,
+                                          multiply_rows<3, V>,
+                                          multiply_rows<4, V>,
+                                          multiply_rows<5, V>,
+                                          multiply_rows<6, V>,
+                                          multiply_rows_if_they_fit<7, V>(),
+                                          multiply_rows_if_they_fit<8, V>(),
+                                          multiply_rows_if_they_fit<9, V>(),
+                                          multiply_rows_if_they_fit<10, V>(),
+                                          multiply_rows_if_they_fit<11, V>(),
+                                          multiply_rows_if_they_fit<12, V>()};
 
 void clear_columns(float* c, std::int64_t ldc, std::int64_t m) {
   for (std::int64_t row = 0; row < m; ++row) store(c + row * ldc, F32{});
@@ -64,11 +82,12 @@ void clear_columns(float* c, std::int64_t ldc, std::int64_t m) {
 // Chunks of rows as equal as can be: 7 rows are 4 + 3, not 6 + 1, whose single row would wait for its own additions.
 void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
           const Fetch& next) {
-  const std::int64_t num_chunks = (m + kRowsMax - 1) / kRowsMax;
   const Panels nothing;
   const Panels& more = w.more == nullptr ? nothing : *w.more;
   for (std::int64_t panel = 0; panel < w.num_panels; panel += 2) {
     const std::int64_t left = w.num_panels - panel - 2;
+    const std::int64_t rows_max = left >= 0 ? kRowsMax : kRowsMaxOfOnePanel;
+    const std::int64_t num_chunks = (m + rows_max - 1) / rows_max;
     const bool half = left == -1 && w.last_rows <= kLanes;
     const MultiplyRows* multiply = left >= 0 ? kMultiplyRows<4> : half ? kMultiplyRows<1> : kMultiplyRows<2>;
     const std::byte* data = w.data + panel * w.stride;

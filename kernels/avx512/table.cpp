@@ -22,7 +22,8 @@ constexpr int kLanes = 16;
 #include "kernels/avx512/gemm.inl"
 #include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
-#include "kernels/generic/training.inl"
+#include "kernels/generic/lora_wgrad.inl"
+#include "kernels/generic/adamw.inl"
 // clang-format on
 
 extern const KernelTable kTable;
@@ -30,7 +31,7 @@ constinit const KernelTable kTable = {
     .name = "avx512",
     .required = kAvx512Bf16,
     .element_bytes = sizeof(Element),
-    .k_multiple = 16,
+    .k_multiple = kDepthMultiple,
     .l2_bytes = 1 << 20,
     .quantised_rows_max = 4,
     .pack = pack,

@@ -5,6 +5,7 @@ namespace {
 
 // Register block: kRowsMax rows × kColumns columns, 8 accumulators of the 16 registers of a baseline x86-64.
 constexpr std::int64_t kRowsMax = 4;
+constexpr std::int64_t kDepthMultiple = 16;  // KernelTable::k_multiple
 constexpr std::int64_t kColumns = 2 * kLanes;
 constexpr std::int64_t kBlockK = 256;  // k at a time: the widened rows of A, 16 KiB, share L1 with a slice of the panel
 

@@ -20,7 +20,8 @@ constexpr int kLanes = 4;
 #include "kernels/generic/continued_gemm.inl"
 #include "kernels/generic/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
-#include "kernels/generic/training.inl"
+#include "kernels/generic/lora_wgrad.inl"
+#include "kernels/generic/adamw.inl"
 // clang-format on
 
 extern const KernelTable kTable;
@@ -28,7 +29,7 @@ constinit const KernelTable kTable = {
     .name = "scalar",
     .required = 0,
     .element_bytes = sizeof(Element),
-    .k_multiple = 16,
+    .k_multiple = kDepthMultiple,
     .l2_bytes = 512 << 10,
     .quantised_rows_max = 0,
     .pack = pack,

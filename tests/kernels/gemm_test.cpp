@@ -24,7 +24,7 @@ class Gemm : public KernelTest {
   std::vector<Shape> shapes() const {
     std::vector<Shape> all = {{32, 32}, {64, 64}, {160, 96}};
     if (!emulated()) all.insert(all.end(), {{96, 256}, {32, 544}, {128, 288}, {64, 1024}, {64, 1056}});
-    if (table().k_multiple == 16) all.insert(all.end(), {{32, 16}, {96, 48}});
+    if (table().k_multiple < 32) all.insert(all.end(), {{32, table().k_multiple}, {96, 48}});
     return all;
   }
 

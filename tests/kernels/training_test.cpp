@@ -12,38 +12,54 @@ using kernels::AdamwArgs;
 
 class Training : public KernelTest {
  protected:
-  void expect_wgrad(std::int64_t m, std::int64_t r, std::int64_t n, bool scaled, bool transposed) {
+  // `sparse`: every second panel of 32 columns of `right` counts.
+  void expect_wgrad(std::int64_t m, std::int64_t r, std::int64_t n, bool scaled, bool transposed, bool sparse) {
+    constexpr std::int64_t kTokens = 128;  // Of one product.
+    const std::int64_t step = sparse ? 2 * kernels::kPanelRows : kernels::kPanelRows;
     Matrix left(m, r, 4, 2);
-    Matrix right(m, n, element_bytes(), 3);
+    Matrix right(m, (n + kernels::kPanelRows - 1) / kernels::kPanelRows * step, element_bytes(), 3);
     Matrix row_scale(1, m, 4);
     Matrix got(transposed ? n : r, transposed ? r : n, 4, 1);
     for (Matrix* matrix : {&left, &right, &row_scale, &got}) matrix->fill_normal(random_);
     const float scale = 0.7f;
+    // Operands as gemm sees them: k is the tokens, and zeros up to what it takes.
+    const std::int64_t k = (m + table().k_multiple - 1) / table().k_multiple * table().k_multiple;
+    Matrix a(r, std::max<std::int64_t>(k, 1), element_bytes());
+    Matrix b(n, std::max<std::int64_t>(k, 1), element_bytes());
+    for (Matrix* operand : {&a, &b})
+      for (std::int64_t row = 0; row < operand->num_rows(); ++row)
+        for (std::int64_t token = m; token < k; ++token) operand->set(row, token, 0.0f);
+    for (std::int64_t token = 0; token < m; ++token) {
+      const volatile float factor = scale * (scaled ? row_scale.get(0, token) : 1.0f);
+      for (std::int64_t i = 0; i < r; ++i) a.set(i, token, left.get(token, i) * factor);
+      for (std::int64_t j = 0; j < n; ++j)
+        b.set(j, token, right.get(token, j / kernels::kPanelRows * step + j % kernels::kPanelRows));
+    }
     Matrix want(got.num_rows(), got.num_columns(), 4);
     double error = 0;
     double norm = 0;
     for (std::int64_t i = 0; i < r; ++i) {
       for (std::int64_t j = 0; j < n; ++j) {
         const float before = transposed ? got.get(j, i) : got.get(i, j);
-        float sum = 0;
-        double exact = 0;
-        for (std::int64_t token = 0; token < m; ++token) {
-          const float s = scaled ? row_scale.get(0, token) : 1.0f;
-          sum = multiply_add_model(table(), left.get(token, i) * s, right.get(token, j), sum);
-          exact += double{left.get(token, i)} * double{s} * double{right.get(token, j)};
+        float after = before;
+        for (std::int64_t first = 0; first < k; first += kTokens) {
+          const std::int64_t count = std::min(kTokens, k - first);
+          const auto* from_a = a.row(i) + first * element_bytes();
+          const auto* from_b = b.row(j) + first * element_bytes();
+          const volatile float sum = dot_model(table(), 0.0f, from_a, from_b, count);
+          after = after + sum;
         }
-        const volatile float added = sum * scale;
-        const float after = before + added;
         want.set(transposed ? j : i, transposed ? i : j, after);
-        exact = double{before} + double{scale} * exact;
+        double exact = double{before};
+        for (std::int64_t token = 0; token < m; ++token) exact += double{a.get(i, token)} * double{b.get(j, token)};
         error += (exact - double{after}) * (exact - double{after});
         norm += exact * exact;
       }
     }
-    table().lora_wgrad(left.floats(), left.ld(), right.data(), right.ld(), scaled ? row_scale.floats() : nullptr, m, r,
-                       n, scale, got.floats(), got.ld(), transposed);
-    EXPECT_TRUE(same_matrix(want, got)) << "m " << m << ", r " << r << ", n " << n
-                                        << (transposed ? ", transposed" : "");
+    table().lora_wgrad(left.floats(), left.ld(), right.data(), right.ld(), step, scaled ? row_scale.floats() : nullptr,
+                       m, r, n, scale, got.floats(), got.ld(), transposed);
+    EXPECT_TRUE(same_matrix(want, got)) << "m " << m << ", r " << r << ", n " << n << (transposed ? ", transposed" : "")
+                                        << (sparse ? ", sparse" : "");
     EXPECT_TRUE(got.guards_are_intact());
     EXPECT_LE(error, 1e-12 * norm);
   }
@@ -83,13 +99,14 @@ class Training : public KernelTest {
 
 TEST_P(Training, LoraGradientsHaveTheBitsOfTheModel) {
   for (const bool transposed : {false, true}) {
-    expect_wgrad(1, 8, 32, true, transposed);
-    expect_wgrad(3, 1, 17, false, transposed);
-    expect_wgrad(0, 8, 16, true, transposed);
+    expect_wgrad(1, 8, 32, true, transposed, false);
+    expect_wgrad(3, 1, 17, false, transposed, true);
+    expect_wgrad(0, 8, 16, true, transposed, false);
     if (emulated()) continue;
-    expect_wgrad(40, 8, 96, true, transposed);
-    expect_wgrad(17, 19, 70, true, transposed);
-    expect_wgrad(33, 64, 33, false, transposed);
+    expect_wgrad(40, 8, 96, true, transposed, false);
+    expect_wgrad(17, 19, 70, true, transposed, true);
+    expect_wgrad(33, 64, 33, false, transposed, false);
+    expect_wgrad(300, 70, 64, true, transposed, true);
   }
 }
 

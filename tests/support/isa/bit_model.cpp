@@ -91,10 +91,6 @@ float dot_model(const kernels::KernelTable& table, float acc, const void* a, con
   std::abort();  // a new table must bring its model
 }
 
-float multiply_add_model(const kernels::KernelTable& table, float left, float right, float acc) {
-  return table.name == "scalar" ? separate(left, right, acc) : std::fmaf(left, right, acc);
-}
-
 float from_bf16(std::uint16_t bits) { return std::bit_cast<float>(std::uint32_t{bits} << 16); }
 
 std::uint16_t to_bf16(float value) {

@@ -20,9 +20,6 @@ float dot_model(const kernels::KernelTable& table, float acc, const void* a, con
 // One element of one TDPBF16PS: c and `pairs` pairs of k of its row of A and its column of B.
 float tdpbf16ps_model(float c, const std::uint16_t* a, const std::uint16_t* b, std::int64_t pairs);
 
-// acc + left·right as lora_wgrad adds one token: two roundings on scalar, one on tables with fused instructions.
-float multiply_add_model(const kernels::KernelTable& table, float left, float right, float acc);
-
 // The value of bf16 bits, and the nearest bf16 of a float (ties to even, NaN quiet), by comparing distances.
 float from_bf16(std::uint16_t bits);
 std::uint16_t to_bf16(float value);

@@ -192,10 +192,11 @@ void execute_extract(const Instruction& in, VectorRegisters& registers) {
   write_rm(in, registers, value.bytes + (in.immediate & (parts - 1)) * in.memory_bytes, in.memory_bytes);
 }
 
-// The first table is the destination itself; an index of twice the lanes chooses table and lane.
+// An index of twice the lanes chooses table and lane. The destination is the first table, or the indices.
 void execute_permute_two(const Instruction& in, VectorRegisters& registers) {
-  const Zmm first = registers.zmm(in.reg);
-  const Zmm index = registers.zmm(in.second);
+  const bool over_indices = in.op == Op::kPermuteTwoOver;
+  const Zmm first = registers.zmm(over_indices ? in.second : in.reg);
+  const Zmm index = registers.zmm(over_indices ? in.reg : in.second);
   const Zmm second = read_rm(in, registers);
   const std::uint32_t lanes = in.vector_bytes / 4;
   Zmm result{};
@@ -316,6 +317,7 @@ const char* execute_evex(const Instruction& in, VectorRegisters& registers) {
       write_vector(in, registers, in.reg, rearrange(in, registers.zmm(in.second), read_rm(in, registers)));
       break;
     case Op::kPermuteTwo:
+    case Op::kPermuteTwoOver:
       execute_permute_two(in, registers);
       break;
     case Op::kExtract:

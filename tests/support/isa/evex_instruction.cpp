@@ -119,7 +119,9 @@ constexpr Form kForms[] = {
     {2, k66, -1, 0x00, -1, Op::kShuffleBytes, 1, Size::kFull, kPlain},
     {1, k66, 1, 0x6c, -1, Op::kUnpackLow, 8, Size::kFull, kPlain},
     {1, k66, 1, 0x6d, -1, Op::kUnpackHigh, 8, Size::kFull, kPlain},
+    // vperm{t,i}2ps
     {2, k66, 0, 0x7f, -1, Op::kPermuteTwo, 4, Size::kFull, kPlain},
+    {2, k66, 0, 0x77, -1, Op::kPermuteTwoOver, 4, Size::kFull, kPlain},
 };
 
 const Form* find_form(unsigned map, unsigned prefix, unsigned w, unsigned opcode, unsigned extension) {

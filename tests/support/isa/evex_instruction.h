@@ -58,6 +58,7 @@ enum class Op : std::uint8_t {
   kUnpackLow,
   kUnpackHigh,
   kPermuteTwo,
+  kPermuteTwoOver,
   // Opmask registers, VEX-encoded.
   kMaskMove,
   kMaskFromGpr,
