@@ -11,9 +11,9 @@
 // Quantised weights: integers of 8 or 4 bits, a scale per row and `group` columns of k (32, 64 or 128; the last group
 // has what is left of K). Panel p, again of 32 rows, is its groups one after the other, each:
 //   scales: [32] floats, 128 bytes;
-//   int8:   [group/4][32][4] bytes: byte i of a row's four is W[row, k+i], for k = 0, 4, 8, …
-//   int4:   [group/8][32][4] bytes: byte i of a row's four is W[row, k+2i] in the low four bits and W[row, k+2i+1] in
-//           the high ones, for k = 0, 8, 16, … Both in two's complement.
+//   int8:   [group/2][32][2] bytes, in the order of the panels above: W[row, k] and W[row, k+1] side by side;
+//   int4:   [group/4][16][4] bytes: 64 for four steps of k. Of the 128 bytes that int8 has for them, number 16·j + i is
+//           here bits 4j … 4j+3 of the little-endian 32-bit unit i. All in two's complement.
 // So a panel of K columns takes 32·K·bits/8 + 128·⌈K/group⌉ bytes, and the pad.
 //
 // A weight is the bf16 nearest to integer · scale, in both directions: dequantise writes such panels, which gemm and
@@ -67,7 +67,7 @@ struct Fetch {
 };
 
 // Changes whenever the bytes that quantise writes do: a cache of quantised panels on disk carries it.
-inline constexpr std::uint32_t kQuantLayoutVersion = 1;
+inline constexpr std::uint32_t kQuantLayoutVersion = 2;
 
 inline constexpr std::int64_t kQuantGroupMax = 128;
 

@@ -20,7 +20,7 @@ constexpr int kLanes = 16;
 #include "kernels/generic/quantised.inl"
 #include "kernels/avx512/transpose.inl"
 #include "kernels/avx512/gemm.inl"
-#include "kernels/generic/quantised_gemm.inl"
+#include "kernels/avx512/quantised_gemm.inl"
 #include "kernels/generic/rows.inl"
 #include "kernels/generic/lora_wgrad.inl"
 #include "kernels/generic/adamw.inl"
@@ -33,7 +33,7 @@ constinit const KernelTable kTable = {
     .element_bytes = sizeof(Element),
     .k_multiple = kDepthMultiple,
     .l2_bytes = 1 << 20,
-    .quantised_rows_max = 4,
+    .quantised_rows_max = 6,
     .pack = pack,
     .quantise = quantise,
     .dequantise = dequantise,

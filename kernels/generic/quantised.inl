@@ -2,17 +2,16 @@
 // directions. Layout and rounding: kernel_table.h. No include guard: see kernels/README.md.
 namespace {
 
-using I32 = std::int32_t __attribute__((vector_size(4 * kLanes)));
-
-// A unit is 4 bytes of one weight row: 4 steps of k in 8 bits each, or 8 in 4 bits, the first one lowest.
+constexpr std::int64_t kScaleBytes = kPanelRows * 4;  // one float per row, before the integers of each group
 template <int kBits>
-constexpr std::int64_t kStepsPerUnit = 32 / kBits;
-template <int kBits>
-constexpr std::uint32_t kUnitMask = (1u << kBits) - 1;
+constexpr std::int64_t kBytesOfK = kPanelRows* kBits / 8;  // one k of all rows
 template <int kBits>
 constexpr float kIntegerMax = kBits == 8 ? 127.0f : 7.0f;
 
-constexpr std::int64_t kScaleBytes = kPanelRows * 4;  // one float per row, before the integers of each group
+// 64 bytes: all rows of a pair of k in 8 bits, of two pairs in 4.
+constexpr std::int64_t kQuantBlockBytes = 64;
+template <int kBits>
+constexpr std::int64_t kBlockSteps = kQuantBlockBytes / kBytesOfK<kBits>;
 
 // Below it a group of weights is taken as zero, so that neither its scale nor the scale's reciprocal is subnormal.
 constexpr float kSmallestWeight = 0x1p-100f;
@@ -44,25 +43,34 @@ float scale_for(float largest, float integer_max) {
   return __builtin_bit_cast(float, (__builtin_bit_cast(std::uint32_t, largest / -(integer_max + 1)) & ~0xffu) | 0x80u);
 }
 
-// One row of one group: `count` weights, zeros up to `padded`. Consecutive units lie kPanelRows units apart.
+// Writes the integer of one row at step k of its group; bits of others are left as they are, its own must be zero.
 template <int kBits>
-void quantise_row(const Element* in, std::int64_t count, std::int64_t padded, float* scale, std::uint32_t* units) {
-  std::uint32_t integers[kQuantGroupMax + kLanes] = {};
+void put_integer(std::uint8_t* integers, std::int64_t row, std::int64_t k, std::uint32_t value) {
+  std::uint8_t* block = integers + k / kBlockSteps<kBits> * kQuantBlockBytes;
+  const std::int64_t index = k % kBlockSteps<kBits> / 2 * 2 * kPanelRows + 2 * row + k % 2;
+  if constexpr (kBits == 8) {
+    block[index] = static_cast<std::uint8_t>(value);
+  } else {
+    const std::int64_t nibble = index / 16;
+    std::uint8_t& byte = block[index % 16 * 4 + nibble / 2];
+    byte = static_cast<std::uint8_t>(byte | (value & 15) << (nibble % 2 * 4));
+  }
+}
+
+// One row of one group: its scale, and the integers of `count` weights; the others of the group stay zero.
+template <int kBits>
+void quantise_row(const Element* in, std::int64_t count, float* scale, std::int64_t row, std::uint8_t* integers) {
+  std::uint32_t rounded[kQuantGroupMax + kLanes] = {};
   *scale = scale_for(largest_weight(in, count), kIntegerMax<kBits>);
   if (*scale != 0.0f) {  // With a NaN all integers become 0.
     const float reciprocal = 1.0f / *scale;
     for_vectors(count, [&](std::int64_t i, std::int64_t n) {
       F32 steps = load(in + i, n) * reciprocal;
       steps = steps > kIntegerMax<kBits> ? splat(kIntegerMax<kBits>) : steps;
-      const U32 rounded = as_u32(steps + kRoundToInteger) & kUnitMask<kBits>;
-      __builtin_memcpy(integers + i, &rounded, sizeof rounded);
+      const U32 bits = as_u32(steps + kRoundToInteger);
+      __builtin_memcpy(rounded + i, &bits, sizeof bits);
     });
-  }
-  for (std::int64_t u = 0; u < padded / kStepsPerUnit<kBits>; ++u) {
-    std::uint32_t unit = 0;
-    for (std::int64_t i = 0; i < kStepsPerUnit<kBits>; ++i)
-      unit |= integers[u * kStepsPerUnit<kBits> + i] << (i * kBits);
-    units[u * kPanelRows] = unit;
+    for (std::int64_t k = 0; k < count; ++k) put_integer<kBits>(integers, row, k, rounded[k]);
   }
 }
 
@@ -73,12 +81,13 @@ void quantise_panel(const Element* in, std::int64_t ld, std::int64_t rows, std::
     const std::int64_t padded = k_padded - first < group ? k_padded - first : group;
     const std::int64_t left = first < k ? k - first : 0;
     float* scales = static_cast<float*>(static_cast<void*>(panel));
-    std::uint32_t* units = static_cast<std::uint32_t*>(static_cast<void*>(panel + kScaleBytes));
+    auto* integers = static_cast<std::uint8_t*>(static_cast<void*>(panel + kScaleBytes));
+    __builtin_memset(integers, 0, static_cast<std::size_t>(padded * kBytesOfK<kBits>));
     for (std::int64_t row = 0; row < kPanelRows; ++row) {
       const std::int64_t count = row < rows ? (left < padded ? left : padded) : 0;
-      quantise_row<kBits>(count > 0 ? in + row * ld + first : in, count, padded, scales + row, units + row);
+      quantise_row<kBits>(count > 0 ? in + row * ld + first : in, count, scales + row, row, integers);
     }
-    panel += kScaleBytes + padded * kBits * kPanelRows / 8;
+    panel += kScaleBytes + padded * kBytesOfK<kBits>;
   }
 }
 
@@ -94,50 +103,55 @@ void quantise(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k,
   }
 }
 
-// Integer number kIndex of each unit, times its row's scale: the bits of a float that the upper half of is the nearest
-// bf16. Never half-way between two, so adding half of the last place and cutting is rounding, whatever happens to ties.
-template <int kBits, int kIndex>
-inline U32 scaled(I32 units, F32 scale) {
-  constexpr int kAbove = 32 - kBits * (kIndex + 1);
-  const I32 integers = (units << kAbove) >> (32 - kBits);
-  return as_u32(__builtin_convertvector(integers, F32) * scale) + 0x8000u;
-}
-
-// The pairs of k of one vector of units, from pair kPair on, each to its line of the panel.
-template <int kBits, int kPair = 0>
-inline void dequantise_units(I32 units, F32 scale, std::uint32_t* out) {
-  const U32 even = scaled<kBits, 2 * kPair>(units, scale) >> 16;
-  const U32 odd = scaled<kBits, 2 * kPair + 1>(units, scale) & 0xffff0000u;
-  const U32 pair = even | odd;
-  __builtin_memcpy(out, &pair, sizeof pair);
-  if constexpr (2 * (kPair + 1) < kStepsPerUnit<kBits>)
-    dequantise_units<kBits, kPair + 1>(units, scale, out + kPanelRows);
-}
-
-// `num_units` units of all 32 rows.
-template <int kBits>
-void dequantise_steps(const std::byte* units, const float* scales, std::int64_t num_units, std::uint32_t* out) {
-  for (std::int64_t u = 0; u < num_units; ++u) {
-    for (std::int64_t row = 0; row < kPanelRows; row += kLanes)
-      dequantise_units<kBits>(__builtin_bit_cast(I32, load_u32(units + (u * kPanelRows + row) * 4)), load(scales + row),
-                              out + row);
-    out += kStepsPerUnit<kBits> / 2 * kPanelRows;
+// The scales of a group as its weights lie: each twice, for the two k of a pair.
+struct Scales {
+  explicit Scales(const float* scales) {
+    for (std::int64_t v = 0; v < kVectors; ++v) {
+      U32 lanes;
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<std::uint32_t>(lane / 2 + v % 2 * kLanes / 2);
+      of[v] = __builtin_shuffle(load(scales + v / 2 * kLanes), lanes);
+    }
   }
+  static constexpr std::int64_t kVectors = 2 * kPanelRows / kLanes;
+  F32 of[kVectors];
+};
+
+// kLanes integers of a block, number v in the order of a panel.
+template <int kBits>
+inline F32 integers(const std::byte* block, std::int64_t v) {
+  if constexpr (kBits == 8) {
+    I8 bytes;
+    __builtin_memcpy(&bytes, block + v * kLanes, sizeof bytes);
+    return from_bytes(bytes);
+  } else {
+    constexpr std::int64_t kUnits = kQuantBlockBytes / 4;
+    return from_nibbles(load_u32(block + v * kLanes % kUnits * 4), static_cast<int>(v * kLanes / kUnits));
+  }
+}
+
+// A block as lines of a panel: integer · scale, to the nearest bf16.
+template <int kBits>
+inline void dequantise_block(const std::byte* block, const Scales& scales, std::uint16_t* out) {
+  constexpr std::int64_t kVectors = kQuantBlockBytes * 8 / kBits / kLanes;
+#pragma GCC unroll 16
+  for (std::int64_t v = 0; v < kVectors; v += 2)
+    store_nearest(out + v * kLanes, integers<kBits>(block, v) * scales.of[v % Scales::kVectors],
+                  integers<kBits>(block, v + 1) * scales.of[(v + 1) % Scales::kVectors]);
 }
 
 template <int kBits>
 void dequantise_panel(const std::byte* panel, std::int64_t group, std::int64_t k_begin, std::int64_t k_count,
-                      std::uint32_t* out) {
-  constexpr std::int64_t kStepBytes = kBits * kPanelRows / 8;  // one k of all rows
-  const std::int64_t group_bytes = kScaleBytes + group * kStepBytes;
+                      std::uint16_t* out) {
+  const std::int64_t group_bytes = kScaleBytes + group * kBytesOfK<kBits>;
   while (k_count > 0) {
     const std::int64_t in_group = k_begin % group;
     const std::int64_t count = k_count < group - in_group ? k_count : group - in_group;
-    const std::byte* scales = panel + k_begin / group * group_bytes;
-    dequantise_steps<kBits>(scales + kScaleBytes + in_group * kStepBytes,
-                            static_cast<const float*>(static_cast<const void*>(scales)), count / kStepsPerUnit<kBits>,
-                            out);
-    out += count / 2 * kPanelRows;
+    const std::byte* data = panel + k_begin / group * group_bytes;
+    const Scales scales(static_cast<const float*>(static_cast<const void*>(data)));
+    data += kScaleBytes + in_group * kBytesOfK<kBits>;
+    for (std::int64_t k = 0; k < count; k += kBlockSteps<kBits>)
+      dequantise_block<kBits>(data + k * kBytesOfK<kBits>, scales, out + k * kPanelRows);
+    out += count * kPanelRows;
     k_begin += count;
     k_count -= count;
   }
@@ -147,7 +161,7 @@ void dequantise(const QuantPanels& w, std::int64_t k_begin, std::int64_t k_count
   const auto one_panel = w.format.bits == 8 ? dequantise_panel<8> : dequantise_panel<4>;
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel)
     one_panel(w.data + panel * w.stride, w.format.group, k_begin, k_count,
-              static_cast<std::uint32_t*>(static_cast<void*>(static_cast<std::byte*>(out) + panel * out_stride)));
+              static_cast<std::uint16_t*>(static_cast<void*>(static_cast<std::byte*>(out) + panel * out_stride)));
 }
 
 }  // namespace

@@ -4,6 +4,8 @@ namespace {
 
 using F32 = float __attribute__((vector_size(4 * kLanes)));
 using U32 = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+using I32 = std::int32_t __attribute__((vector_size(4 * kLanes)));
+using I8 = std::int8_t __attribute__((vector_size(kLanes)));
 using U16 = std::uint16_t __attribute__((vector_size(2 * kLanes)));
 
 // N vectors that the compiler keeps in registers.

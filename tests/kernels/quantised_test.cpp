@@ -44,12 +44,13 @@ class Quantised {
   }
 
   std::int32_t integer(std::int64_t row, std::int64_t k) const {
-    const std::int64_t steps = 32 / panels_.format.bits;
+    const std::byte* data = group(row, k) + 128;
     const std::int64_t in_group = k % panels_.format.group;
-    const std::byte* unit = group(row, k) + 128 + (in_group / steps * kPanelRows + row % kPanelRows) * 4;
-    const std::int64_t step = in_group % steps;
-    if (panels_.format.bits == 8) return static_cast<std::int8_t>(unit[step]);
-    const int nibble = std::to_integer<int>(unit[step / 2]) >> (step % 2 * 4) & 15;
+    const std::int64_t byte = (in_group / 2 * kPanelRows + row % kPanelRows) * 2 + in_group % 2;
+    if (panels_.format.bits == 8) return static_cast<std::int8_t>(data[byte]);
+    std::uint32_t unit;  // 128 bytes of int8 are 16 units, whose bits 4j … belong to bytes 16j …
+    std::memcpy(&unit, data + byte / 128 * 64 + byte % 16 * 4, sizeof unit);
+    const auto nibble = static_cast<std::int32_t>(unit >> (byte % 128 / 16 * 4) & 15);
     return nibble < 8 ? nibble : nibble - 16;
   }
 

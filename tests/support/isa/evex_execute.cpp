@@ -117,7 +117,18 @@ void execute_lanes(const Instruction& in, VectorRegisters& registers) {
   write_vector(in, registers, shift ? in.second : in.reg, result);
 }
 
-// Results made of whole elements of the operands.
+// The bf16 of a float as VCVTNE2PS2BF16 has it whatever MXCSR says: ties to even, subnormals zero, NaN quiet.
+std::uint16_t nearest_bf16(std::uint32_t bits) {
+  constexpr std::uint32_t kExponent = 0x7f800000;
+  if ((bits & kExponent) == 0) return static_cast<std::uint16_t>(bits >> 16 & 0x8000);
+  if ((bits & kExponent) == kExponent) {
+    const bool is_nan = (bits & ~(kExponent | 0x80000000)) != 0;
+    return static_cast<std::uint16_t>(bits >> 16 | (is_nan ? 0x40 : 0));
+  }
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Results made of whole elements of the operands, the bytes of one, or both rounded.
 Zmm rearrange(const Instruction& in, const Zmm& a, const Zmm& b) {
   Zmm result{};
   const int words = in.vector_bytes / 4;
@@ -147,6 +158,16 @@ Zmm rearrange(const Instruction& in, const Zmm& a, const Zmm& b) {
     }
   } else if (in.op == Op::kWiden) {
     for (int w = 0; w < words; ++w) result.set(w, std::uint32_t{b.get<std::uint16_t>(w)});
+  } else if (in.op == Op::kWidenBytes) {
+    for (int w = 0; w < words; ++w) result.set(w, std::int32_t{b.get<std::int8_t>(w)});
+  } else if (in.op == Op::kPermute) {  // a: which words of b
+    for (int w = 0; w < words; ++w)
+      result.set(w, b.get<std::uint32_t>(static_cast<int>(a.get<std::uint32_t>(w) % static_cast<unsigned>(words))));
+  } else if (in.op == Op::kRoundTwo) {  // b below, a above
+    for (int w = 0; w < words; ++w) {
+      result.set(w, nearest_bf16(b.get<std::uint32_t>(w)));
+      result.set(words + w, nearest_bf16(a.get<std::uint32_t>(w)));
+    }
   } else if (in.op == Op::kInsert) {
     result = a;
     const int parts = in.vector_bytes / in.memory_bytes;
@@ -310,6 +331,9 @@ const char* execute_evex(const Instruction& in, VectorRegisters& registers) {
     case Op::kShuffle128:
     case Op::kAlign:
     case Op::kWiden:
+    case Op::kWidenBytes:
+    case Op::kPermute:
+    case Op::kRoundTwo:
     case Op::kShuffleBytes:
     case Op::kUnpackLow:
     case Op::kUnpackHigh:

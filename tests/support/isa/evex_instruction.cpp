@@ -8,7 +8,7 @@ namespace {
 enum Prefix : std::uint8_t { kNone, k66, kF3, kF2 };
 
 // How large the memory operand is; its size is also what a disp8 counts in.
-enum class Size : std::uint8_t { kFull, kHalf, k4, k8, k16, k32 };
+enum class Size : std::uint8_t { kFull, kHalf, kQuarter, k4, k8, k16, k32 };
 
 enum Trait : std::uint8_t {
   kPlain = 0,
@@ -119,6 +119,11 @@ constexpr Form kForms[] = {
     {2, k66, -1, 0x00, -1, Op::kShuffleBytes, 1, Size::kFull, kPlain},
     {1, k66, 1, 0x6c, -1, Op::kUnpackLow, 8, Size::kFull, kPlain},
     {1, k66, 1, 0x6d, -1, Op::kUnpackHigh, 8, Size::kFull, kPlain},
+    // vpmovsxbd, vperm{ps,d}, vcvtne2ps2bf16
+    {2, k66, -1, 0x21, -1, Op::kWidenBytes, 4, Size::kQuarter, kNoSecond},
+    {2, k66, 0, 0x16, -1, Op::kPermute, 4, Size::kFull, kPlain},
+    {2, k66, 0, 0x36, -1, Op::kPermute, 4, Size::kFull, kPlain},
+    {2, kF2, 0, 0x72, -1, Op::kRoundTwo, 2, Size::kFull, kPlain},
     // vperm{t,i}2ps
     {2, k66, 0, 0x7f, -1, Op::kPermuteTwo, 4, Size::kFull, kPlain},
     {2, k66, 0, 0x77, -1, Op::kPermuteTwoOver, 4, Size::kFull, kPlain},
@@ -140,6 +145,8 @@ std::uint8_t size_in_bytes(Size size, unsigned vector_bytes) {
       return static_cast<std::uint8_t>(vector_bytes);
     case Size::kHalf:
       return static_cast<std::uint8_t>(vector_bytes / 2);
+    case Size::kQuarter:
+      return static_cast<std::uint8_t>(vector_bytes / 4);
     case Size::k4:
       return 4;
     case Size::k8:

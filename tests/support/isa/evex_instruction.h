@@ -54,9 +54,12 @@ enum class Op : std::uint8_t {
   kAlign,
   kNarrow,
   kWiden,
+  kWidenBytes,
   kShuffleBytes,
   kUnpackLow,
   kUnpackHigh,
+  kPermute,
+  kRoundTwo,
   kPermuteTwo,
   kPermuteTwoOver,
   // Opmask registers, VEX-encoded.
