@@ -25,9 +25,36 @@ struct Operands {
   std::int64_t k;
 };
 
+// One or two rows only wait for memory, which comes fastest as two streams close ahead of what is multiplied: the two
+// panels at `panel`, then those behind them, where what comes next usually lies. A tick for each pair of k.
+constexpr std::int64_t kStreamRowsMax = 2;
+class Stream {
+ public:
+  Stream(const std::byte* panel, const Panels& w)
+      : line_(panel + kAhead),
+        end_(panel + w.k * kPairBytes / 2),
+        stride_(w.stride),
+        jump_(2 * w.stride - w.k * kPairBytes / 2) {}
+  void tick() {
+    for (const std::byte* panel : {line_, line_ + stride_}) {
+      __builtin_prefetch(panel, 0, 2);
+      __builtin_prefetch(panel + kLineBytes, 0, 2);
+    }
+    line_ += kPairBytes;
+    if (line_ == end_) line_ += jump_;
+  }
+
+ private:
+  static constexpr std::int64_t kAhead = 2048;
+  const std::byte* line_;
+  const std::byte* end_;
+  std::int64_t stride_;
+  std::int64_t jump_;
+};
+
 // acc[R][V] += R rows of A times V vectors of columns. One tick of the fetcher for each pair of k.
-template <std::int64_t R, std::int64_t V>
-[[gnu::always_inline]] inline void multiply_pairs(const Operands& in, Vectors<R * V>& acc, Fetcher& fetch) {
+template <std::int64_t R, std::int64_t V, class AnyFetcher>
+[[gnu::always_inline]] inline void multiply_pairs(const Operands& in, Vectors<R * V>& acc, AnyFetcher& fetch) {
   for (std::int64_t pair = 0; pair < in.k / 2; ++pair) {
     __m512bh b[static_cast<std::size_t>(V)];
     for (std::int64_t v = 0; v < V; ++v)
@@ -40,13 +67,13 @@ template <std::int64_t R, std::int64_t V>
 }
 
 // C[R, 16·V] from R rows of A and W, then of `more`, whose k may be 0.
-template <std::int64_t R, std::int64_t V>
+template <std::int64_t R, std::int64_t V, class AnyFetcher = Fetcher>
 void multiply_rows(const Operands& w, const Operands& more, float* c, std::int64_t ldc, bool accumulate,
-                   Fetcher& fetcher) {
+                   AnyFetcher& fetcher) {
   Vectors<R * V> acc;
   for (std::int64_t r = 0; r < R; ++r)
     for (std::int64_t v = 0; v < V; ++v) acc[r * V + v] = accumulate ? load(c + r * ldc + v * kLanes) : F32{};
-  Fetcher fetch = fetcher;
+  AnyFetcher fetch = fetcher;
   multiply_pairs<R, V>(w, acc, fetch);
   multiply_pairs<R, V>(more, acc, fetch);
   fetcher = fetch;
@@ -82,6 +109,8 @@ void clear_columns(float* c, std::int64_t ldc, std::int64_t m) {
 // Chunks of rows as equal as can be: 7 rows are 4 + 3, not 6 + 1, whose single row would wait for its own additions.
 void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc, bool accumulate,
           const Fetch& next) {
+  if (m == 0) return;
+  const auto* first = static_cast<const Element*>(a);
   const Panels nothing;
   const Panels& more = w.more == nullptr ? nothing : *w.more;
   for (std::int64_t panel = 0; panel < w.num_panels; panel += 2) {
@@ -91,12 +120,20 @@ void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, floa
     const bool half = left == -1 && w.last_rows <= kLanes;
     const MultiplyRows* multiply = left >= 0 ? kMultiplyRows<4> : half ? kMultiplyRows<1> : kMultiplyRows<2>;
     const std::byte* data = w.data + panel * w.stride;
+    if (left >= 0 && m <= kStreamRowsMax && (left > 0 || next.count > 0)) {
+      Stream stream(data, w);
+      const auto multiply_few = m == 1 ? multiply_rows<1, 4, Stream> : multiply_rows<2, 4, Stream>;
+      multiply_few({first, lda, data, w.stride, w.k},
+                   {first + w.k, lda, more.data + panel * more.stride, more.stride, more.k}, c + panel * kPanelRows,
+                   ldc, accumulate, stream);
+      continue;
+    }
     Fetcher fetcher(left > 0 ? Fetch{data + 2 * w.stride, w.k * kPairBytes / 2, w.stride, left < 2 ? left : 2} : next,
                     num_chunks * (w.k + more.k) / 2);
     std::int64_t row = 0;
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) {
       const std::int64_t rows = (m - row + num_chunks - chunk - 1) / (num_chunks - chunk);
-      const Element* from = static_cast<const Element*>(a) + row * lda;
+      const Element* from = first + row * lda;
       multiply[rows - 1]({from, lda, data, w.stride, w.k},
                          {from + w.k, lda, more.data + panel * more.stride, more.stride, more.k},
                          c + row * ldc + panel * kPanelRows, ldc, accumulate, fetcher);
