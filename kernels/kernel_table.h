@@ -140,12 +140,13 @@ struct KernelTable {
                            const Fetch& next);
 
   // C[m, 32·panels.num_panels] f32 (ldc) = or += A[m, k] elements (lda) · Wᵀ, and of `more` behind it. m ≥ 0. While it
-  // multiplies its last panels it fetches `next`, before that its own next panels.
+  // multiplies its last panels it fetches `next`, before that its own next panels; or, with few rows and a `next`, what
+  // lies behind the panels in memory.
   void (*gemm)(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
                bool accumulate, const Fetch& next);
 
-  // C = A · Wᵀ straight from the integers, for few rows: the same bits as dequantise, then gemm. Null in tables of fp32
-  // elements.
+  // C = A · Wᵀ straight from the integers, for few rows: the same bits as dequantise, then gemm. It may read the first
+  // line of a panel's pad, and fetch what lies behind the panels instead of `next`. Null in tables of fp32 elements.
   void (*quantised_gemm)(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c,
                          std::int64_t ldc, const Fetch& next);
 

@@ -4,7 +4,7 @@ namespace {
 
 constexpr std::int64_t kScaleBytes = kPanelRows * 4;  // one float per row, before the integers of each group
 template <int kBits>
-constexpr std::int64_t kBytesOfK = kPanelRows* kBits / 8;  // one k of all rows
+constexpr std::int64_t kBytesOfK = std::int64_t{kBits} * kPanelRows / 8;  // one k of all rows
 template <int kBits>
 constexpr float kIntegerMax = kBits == 8 ? 127.0f : 7.0f;
 
