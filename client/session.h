@@ -91,7 +91,7 @@ class Session {
               std::span<const std::uint8_t> group_of);
   std::uint64_t steps() const;  // STEPs of this job that completed, as this rank saw them.
 
-  // The status object of DESIGN §4, read from the status page.
+  // The object of `kt-coproc status --json`, read from the status page.
   nlohmann::json stats() const;
   bool daemon_alive() const;
 

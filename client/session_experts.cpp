@@ -13,7 +13,7 @@ using shm::Request;
 using shm::Verb;
 
 // The chunks of a call, as even as can be: [0, num_tokens) in ceil(num_tokens / tokens_max) parts. No tokens: one
-// part, since the daemon must hear of them too (DESIGN §8, I7).
+// part, since the daemon must hear of them too: STEP moves the layers that had a backward, also one without tokens.
 std::vector<std::uint32_t> split_tokens(std::uint32_t num_tokens, std::uint32_t tokens_max) {
   const std::uint64_t num_chunks = std::max<std::uint64_t>(1, ceil_div(num_tokens, tokens_max));
   std::vector<std::uint32_t> chunks;

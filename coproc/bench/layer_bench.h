@@ -19,7 +19,7 @@ struct LayerBenchOptions {
   std::uint32_t num_experts = 128;
   std::uint32_t top_k = 8;
   std::vector<std::uint32_t> num_tokens = {1, 32, 512, 2048};
-  std::string weight_format = "bf16";  // Of DESIGN §4; the table has the elements it needs.
+  std::string weight_format = "bf16";  // As --weight-format; the table has the elements it needs.
   std::uint32_t lora_rank = 8;         // 0: without LoRA only.
   double skew = 0;                     // See Router.
   std::uint32_t num_samples = 5;

@@ -1,4 +1,4 @@
-// What the benchmarks found, for people and as the JSON of DESIGN §4.
+// What the benchmarks found, for people and as the JSON of `--json`.
 #pragma once
 #include <nlohmann/json.hpp>
 #include <optional>

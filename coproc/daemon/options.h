@@ -20,7 +20,7 @@ struct RunOptions {
   NumaChoice numa;
   std::string weight_format = "bf16";  // "bf16", "fp32", "int8" or "int4".
   std::string weight_cache;            // Directory for quantised weights; empty: none.
-  std::string kernels = "auto";        // A name of DESIGN §4; whether the CPU has it is another question.
+  std::string kernels = "auto";        // "auto" or the name of a table; whether the CPU has it is another question.
   bool deterministic = false;
   std::uint64_t activation_bytes_max = 0;  // 0: chosen from the machine.
   std::uint32_t batch_tokens_max = 16384;

@@ -69,7 +69,7 @@ class Membership:
 
 
 def world_size(connection: Connection) -> int:
-    """W of DESIGN §8: gradients are averaged over this many ranks."""
+    """The number of ranks whose gradients are averaged: STEP multiplies their sum by its inverse."""
     return 1 if connection.membership is None else connection.membership.world_size
 
 

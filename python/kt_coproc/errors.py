@@ -47,11 +47,12 @@ def refusal(what: str, why: str, fix: str, kind: type[CoprocError] = CoprocError
     return kind(three_lines(what, why, fix))
 
 
-EXPORT = (
-    "run `kt-coproc export` for a checkpoint that includes the experts; adapters are saved by PEFT's save_pretrained"
+MERGE = (
+    "save the adapter with PEFT's save_pretrained; "
+    "to merge it, load the checkpoint and the adapter in a process without KT_COPROC"
 )
 
 
 def weights_are_remote(what: str) -> CoprocError:
     """For everything that would need the frozen expert weights in this process."""
-    return refusal(what, "the weights of the routed experts are in the co-process, this process has no copy", EXPORT)
+    return refusal(what, "the weights of the routed experts are in the co-process, this process has no copy", MERGE)

@@ -1,4 +1,4 @@
-"""The programs of tests/bench, on a small layer: they run, their JSON has DESIGN's keys, and all engines agree."""
+"""The programs of tests/bench, on a small layer: they run, their JSON has its keys, and all engines agree."""
 
 from __future__ import annotations
 

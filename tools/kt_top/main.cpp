@@ -16,7 +16,7 @@
 
 namespace {
 
-// DESIGN §4.
+// As `kt-coproc status`: coproc/README.md.
 constexpr int kExitOk = 0;
 constexpr int kExitFailure = 1;
 constexpr int kExitUsage = 2;

@@ -148,7 +148,7 @@ def _refuse(original: Function) -> Function:
             raise errors.refusal(
                 f"{original.__name__} refused on {self.parameter_name} of the experts",
                 "the weights of the routed experts are in the co-process and cannot be merged here",
-                "run `kt-coproc export --merge`",
+                errors.MERGE,
             )
         return original(self, *args, **kwargs)
 

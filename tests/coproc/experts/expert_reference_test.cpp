@@ -1,4 +1,4 @@
-// Forward and backward of the layer against double, within DESIGN §6's tolerances.
+// Forward and backward of the layer against double, within the tolerances of ARCHITECTURE.md.
 #include <cmath>
 #include <iostream>
 
