@@ -1,5 +1,5 @@
 // Where the parts of a request's payload lie: both ends compute the same offsets from the same numbers.
-// Parts lie in the order of the structs below, each at a multiple of kPayloadAlignment, offsets from the payload's start.
+// Parts lie in the order of the structs below, each at a multiple of kPayloadAlignment. Offsets count from the payload.
 #pragma once
 #include <cstdint>
 

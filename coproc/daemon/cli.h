@@ -8,7 +8,7 @@
 
 namespace kt::coproc {
 
-// Exit codes, the same for every verb (coproc/README.md). Verbs with meanings of their own (status, wait, exec) say so where they return them.
+// Exit codes (coproc/README.md). Verbs with meanings of their own (status, wait, exec) say so where they return them.
 inline constexpr int kExitOk = 0;
 inline constexpr int kExitRuntimeFailure = 1;
 inline constexpr int kExitUsage = 2;

@@ -1,4 +1,4 @@
-"""Fails when a text names what is not there: a file in *.md that does not exist, or a document outside the repository."""
+"""Fails when *.md names a file that does not exist, or any text a document that is not in the repository."""
 
 import fnmatch
 import pathlib

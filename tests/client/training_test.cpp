@@ -85,7 +85,7 @@ INSTANTIATE_TEST_SUITE_P(OneTwoAndFourProcesses, Training,
                                            Task{3, 4, 20, false, true}),
                          [](const auto& test) { return std::to_string(test.param.world_size) + "Ranks"; });
 
-// The bounds are sums of what ARCHITECTURE.md grants each stage on the way, to first order: forward 4e-3, backward 6e-3, and
+// The bounds are sums of what ARCHITECTURE.md grants each stage, to first order: forward 4e-3, backward 6e-3, and
 // 2^-9 for each rounding of a row to bf16 between them. The residual stream does not amplify relative errors.
 TEST_F(DaemonFixture, TheFirstStepInBf16MeetsTheSumOfItsStagesTolerances) {
   constexpr double kForward = 4e-3, kBackward = 6e-3, kRounding = 1.0 / 512;

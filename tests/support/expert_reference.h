@@ -1,4 +1,4 @@
-// The experts of one layer in double, loop by loop from the formulas of ARCHITECTURE.md: what every implementation is compared with.
+// The experts of one layer in double, loop by loop from ARCHITECTURE.md: what every implementation is compared with.
 //
 // Knows nothing of the product's code. All matrices are dense and row-major; the LoRA tensors are numbered as on the
 // wire: gate_a, gate_b, up_a, up_b, down_a, down_b. With shared_a the up half uses gate_a and up_a is empty.

@@ -1,4 +1,5 @@
-// What kt-top shows, as text: a pure function of the status object (that of `kt-coproc status --json`), so that tests read the screen.
+// What kt-top shows, as text: a pure function of the object of `kt-coproc status --json`, so that tests read the
+// screen.
 #pragma once
 #include <nlohmann/json.hpp>
 #include <string>
