@@ -44,7 +44,7 @@ class Address : public ::testing::Test {
   std::optional<std::string> saved_;
 };
 
-TEST_F(Address, auto_is_the_runtime_directory_when_nothing_runs) {
+TEST_F(Address, AutoIsTheRuntimeDirectoryWhenNothingRuns) {
   const std::string expected = directory_ + "/kt-coproc/kt.sock";
   for (const char* spec : {"", "auto"}) {
     const auto path = resolve_socket_path(spec);
@@ -54,13 +54,13 @@ TEST_F(Address, auto_is_the_runtime_directory_when_nothing_runs) {
   }
 }
 
-TEST_F(Address, auto_prefers_the_socket_in_the_runtime_directory) {
+TEST_F(Address, AutoPrefersTheSocketInTheRuntimeDirectory) {
   std::filesystem::create_directory(directory_ + "/kt-coproc");
   std::ofstream(directory_ + "/kt-coproc/kt.sock").put('x');
   EXPECT_EQ(resolve_socket_path("auto").value(), directory_ + "/kt-coproc/kt.sock");
 }
 
-TEST_F(Address, without_a_usable_runtime_directory_auto_is_run_and_never_tmp) {
+TEST_F(Address, WithoutAUsableRuntimeDirectoryAutoIsRunAndNeverTmp) {
   for (const char* value : {"", "relative/dir"}) {
     ::setenv("XDG_RUNTIME_DIR", value, 1);
     EXPECT_EQ(resolve_socket_path("auto").value(), "/run/kt-coproc/kt.sock");
@@ -69,12 +69,12 @@ TEST_F(Address, without_a_usable_runtime_directory_auto_is_run_and_never_tmp) {
   EXPECT_EQ(resolve_socket_path("").value(), "/run/kt-coproc/kt.sock");
 }
 
-TEST_F(Address, an_explicit_path_is_taken_as_it_is) {
+TEST_F(Address, AnExplicitPathIsTakenAsItIs) {
   EXPECT_EQ(resolve_socket_path("unix:/a/b c.sock").value(), "/a/b c.sock");
   EXPECT_EQ(resolve_socket_path("unix:" + path_of_length(107)).value(), path_of_length(107));
 }
 
-TEST_F(Address, an_invalid_value_is_a_usage_error_that_quotes_it) {
+TEST_F(Address, AnInvalidValueIsAUsageErrorThatQuotesIt) {
   for (const char* spec : {"on", "1", "unix:", "unix:relative", "/path/kt.sock", "tcp://h:1", "AUTO", " auto", "off"}) {
     const auto path = resolve_socket_path(spec);
     ASSERT_FALSE(path.ok()) << spec;
@@ -83,7 +83,7 @@ TEST_F(Address, an_invalid_value_is_a_usage_error_that_quotes_it) {
   }
 }
 
-TEST_F(Address, a_path_over_107_bytes_is_a_usage_error_with_both_numbers) {
+TEST_F(Address, APathOver107BytesIsAUsageErrorWithBothNumbers) {
   for (const auto& refused :
        {resolve_socket_path("unix:" + path_of_length(108)).error(), connect_daemon(path_of_length(108)).error()}) {
     EXPECT_EQ(refused.code, ErrorCode::kUsage);
@@ -94,7 +94,7 @@ TEST_F(Address, a_path_over_107_bytes_is_a_usage_error_with_both_numbers) {
   EXPECT_EQ(resolve_socket_path("auto").error().code, ErrorCode::kUsage);
 }
 
-TEST_F(Address, no_daemon_says_what_to_run) {
+TEST_F(Address, NoDaemonSaysWhatToRun) {
   const std::string path = directory_ + "/kt.sock";
   for (const bool left_over : {false, true}) {
     if (left_over) listen_at(path).reset();
@@ -106,14 +106,14 @@ TEST_F(Address, no_daemon_says_what_to_run) {
   }
 }
 
-TEST_F(Address, the_socket_of_another_kind_of_program_is_no_daemon) {
+TEST_F(Address, TheSocketOfAnotherKindOfProgramIsNoDaemon) {
   const UniqueFd other = listen_at(directory_ + "/kt.sock", SOCK_STREAM);
   EXPECT_EQ(connect_daemon(directory_ + "/kt.sock").error().code, ErrorCode::kNotFound);
   std::ofstream(directory_ + "/file").put('x');
   EXPECT_EQ(connect_daemon(directory_ + "/file").error().code, ErrorCode::kNotFound);
 }
 
-TEST_F(Address, a_running_daemon_is_reached) {
+TEST_F(Address, ARunningDaemonIsReached) {
   const UniqueFd listener = listen_at(directory_ + "/kt.sock");
   auto socket = connect_daemon(directory_ + "/kt.sock");
   ASSERT_TRUE(socket.ok()) << socket.error().text();
@@ -122,7 +122,7 @@ TEST_F(Address, a_running_daemon_is_reached) {
   EXPECT_EQ(receive_packet(accepted.get(), std::chrono::seconds(5)).value().body["op"], "status");
 }
 
-TEST_F(Address, a_socket_or_directory_that_others_can_write_is_refused_with_its_mode) {
+TEST_F(Address, ASocketOrDirectoryThatOthersCanWriteIsRefusedWithItsMode) {
   const std::string path = directory_ + "/kt.sock";
   const UniqueFd listener = listen_at(path);
   ::chmod(path.c_str(), 0722);

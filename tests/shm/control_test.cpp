@@ -56,7 +56,7 @@ class Control : public ::testing::Test {
   UniqueFd here_, there_;
 };
 
-TEST_F(Control, a_packet_arrives_with_its_descriptors_which_are_close_on_exec) {
+TEST_F(Control, APacketArrivesWithItsDescriptorsWhichAreCloseOnExec) {
   const UniqueFd event(::eventfd(5, 0));
   ASSERT_TRUE(send_packet(there_.get(), {{"op", "hello"}, {"pid", 12}}, {event.get(), event.get(), event.get()}).ok());
   auto packet = receive_packet(here_.get(), kNow);
@@ -69,13 +69,13 @@ TEST_F(Control, a_packet_arrives_with_its_descriptors_which_are_close_on_exec) {
   EXPECT_EQ(count, 5u);
 }
 
-TEST_F(Control, packets_keep_their_borders) {
+TEST_F(Control, PacketsKeepTheirBorders) {
   for (int i = 0; i < 3; ++i) ASSERT_TRUE(send_packet(there_.get(), {{"op", "status"}, {"i", i}}).ok());
   for (int i = 0; i < 3; ++i) EXPECT_EQ(receive_packet(here_.get(), kNow).value().body["i"], i);
   EXPECT_EQ(received_code(), ErrorCode::kTimeout);
 }
 
-TEST_F(Control, waiting_ends_by_its_timeout_or_when_a_packet_comes) {
+TEST_F(Control, WaitingEndsByItsTimeoutOrWhenAPacketComes) {
   EXPECT_EQ(received_code(std::chrono::milliseconds(5)), ErrorCode::kTimeout);
   std::thread sender([this] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -85,7 +85,7 @@ TEST_F(Control, waiting_ends_by_its_timeout_or_when_a_packet_comes) {
   sender.join();
 }
 
-TEST_F(Control, a_peer_that_closed_is_not_found_for_both_and_no_signal) {
+TEST_F(Control, APeerThatClosedIsNotFoundForBothAndNoSignal) {
   there_.reset();
   EXPECT_EQ(received_code(kPatience), ErrorCode::kNotFound);
   const auto sent = send_packet(here_.get(), {{"op", "bye"}});
@@ -93,14 +93,14 @@ TEST_F(Control, a_peer_that_closed_is_not_found_for_both_and_no_signal) {
   EXPECT_EQ(sent.error().code, ErrorCode::kNotFound);
 }
 
-TEST_F(Control, what_was_sent_before_closing_still_arrives) {
+TEST_F(Control, WhatWasSentBeforeClosingStillArrives) {
   ASSERT_TRUE(send_packet(there_.get(), {{"op", "bye"}}).ok());
   there_.reset();
   EXPECT_EQ(received_code(), ErrorCode::kOk);
   EXPECT_EQ(received_code(), ErrorCode::kNotFound);
 }
 
-TEST_F(Control, malformed_packets_are_refused) {
+TEST_F(Control, MalformedPacketsAreRefused) {
   const std::string bad[] = {"x",
                              "{",
                              "[]",
@@ -122,7 +122,7 @@ TEST_F(Control, malformed_packets_are_refused) {
   EXPECT_EQ(received_code(), ErrorCode::kTimeout) << "each was one packet";
 }
 
-TEST_F(Control, the_largest_packet_passes_and_one_byte_more_does_not) {
+TEST_F(Control, TheLargestPacketPassesAndOneByteMoreDoesNot) {
   const std::string frame = R"({"op":"a","t":""})";
   json body = {{"op", "a"}, {"t", std::string(kPacketBytesMax - frame.size(), 't')}};
   ASSERT_EQ(body.dump().size(), kPacketBytesMax);
@@ -134,7 +134,7 @@ TEST_F(Control, the_largest_packet_passes_and_one_byte_more_does_not) {
   EXPECT_EQ(received_code(), ErrorCode::kInvalidArgument);
 }
 
-TEST_F(Control, too_many_descriptors_are_refused_and_all_closed) {
+TEST_F(Control, TooManyDescriptorsAreRefusedAndAllClosed) {
   const UniqueFd event(::eventfd(0, 0));
   EXPECT_FALSE(send_packet(there_.get(), {{"op", "a"}}, std::vector<int>(kPacketDescriptorsMax + 1, event.get())).ok());
   const auto num_before = num_open_descriptors();
@@ -151,7 +151,7 @@ TEST_F(Control, too_many_descriptors_are_refused_and_all_closed) {
   EXPECT_EQ(num_open_descriptors(), num_before);
 }
 
-TEST_F(Control, a_peer_that_does_not_read_is_a_timeout_and_never_blocks) {
+TEST_F(Control, APeerThatDoesNotReadIsATimeoutAndNeverBlocks) {
   const json body = {{"op", "a"}, {"t", std::string(4000, 't')}};
   auto sent = ok_status();
   for (int i = 0; i < 10'000 && sent.ok(); ++i) sent = send_packet(there_.get(), body);
@@ -159,7 +159,7 @@ TEST_F(Control, a_peer_that_does_not_read_is_a_timeout_and_never_blocks) {
   EXPECT_EQ(sent.error().code, ErrorCode::kTimeout);
 }
 
-TEST_F(Control, a_call_returns_the_reply) {
+TEST_F(Control, ACallReturnsTheReply) {
   std::thread daemon([this] {
     const auto request = receive_packet(there_.get(), kPatience);
     ASSERT_TRUE(request.ok());
@@ -172,7 +172,7 @@ TEST_F(Control, a_call_returns_the_reply) {
   EXPECT_EQ(reply.value().body["pid"], 99);
 }
 
-TEST_F(Control, a_refusal_comes_back_as_the_error_it_was) {
+TEST_F(Control, ARefusalComesBackAsTheErrorItWas) {
   const Error refused{ErrorCode::kModelMismatch, "another model", "\"a\" is not \"b\"", "start é"};
   ASSERT_TRUE(send_packet(there_.get(), error_reply(refused)).ok());
   const auto reply = call(here_.get(), {{"op", "hello"}}, kPatience);
@@ -181,7 +181,7 @@ TEST_F(Control, a_refusal_comes_back_as_the_error_it_was) {
   EXPECT_EQ(reply.error().text(), refused.text());
 }
 
-TEST_F(Control, a_reply_that_is_none_is_an_error) {
+TEST_F(Control, AReplyThatIsNoneIsAnError) {
   for (const json& bad :
        {json{{"op", "hello"}}, json{{"ok", false}}, json{{"ok", false}, {"error", "text"}},
         json{{"ok", false}, {"error", {{"code", "x"}}}}, json{{"ok", false}, {"error", {{"code", 0}}}},
@@ -193,7 +193,7 @@ TEST_F(Control, a_reply_that_is_none_is_an_error) {
   }
 }
 
-TEST_F(Control, any_error_fits_a_packet) {
+TEST_F(Control, AnyErrorFitsAPacket) {
   const char* const nasty[] = {"\"", "\\", "\n", "\x01", "\xFF", "é", "\xF0\x9F\x98\x80"};
   for (const char* character : nasty) {
     std::string text;
@@ -205,7 +205,7 @@ TEST_F(Control, any_error_fits_a_packet) {
   }
 }
 
-TEST_F(Control, random_packets_never_break_the_receiver_nor_leak_descriptors) {
+TEST_F(Control, RandomPacketsNeverBreakTheReceiverNorLeakDescriptors) {
   constexpr unsigned kSeed = 424242;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
   std::mt19937 random(kSeed);

@@ -32,7 +32,7 @@ bool is_ringing(int doorbell) {
   return ::poll(&entry, 1, 0) == 1;
 }
 
-TEST(Doorbell, rings_only_while_the_daemon_sleeps_and_is_silent_once_cleared) {
+TEST(Doorbell, RingsOnlyWhileTheDaemonSleepsAndIsSilentOnceCleared) {
   const Segment segment = make_segment();
   auto doorbell = create_doorbell();
   ASSERT_TRUE(doorbell.ok());
@@ -50,7 +50,7 @@ TEST(Doorbell, rings_only_while_the_daemon_sleeps_and_is_silent_once_cleared) {
   EXPECT_FALSE(is_ringing(fd));
 }
 
-TEST(Doorbell, clearing_a_silent_one_never_blocks_even_when_the_client_made_it_blocking) {
+TEST(Doorbell, ClearingASilentOneNeverBlocksEvenWhenTheClientMadeItBlocking) {
   const Watchdog watchdog(5);
   auto doorbell = create_doorbell();
   ASSERT_TRUE(doorbell.ok());
@@ -64,7 +64,7 @@ TEST(Doorbell, clearing_a_silent_one_never_blocks_even_when_the_client_made_it_b
   EXPECT_FALSE(is_ringing(fd));
 }
 
-TEST(Doorbell, a_full_counter_still_rings_and_does_not_block_the_rank) {
+TEST(Doorbell, AFullCounterStillRingsAndDoesNotBlockTheRank) {
   const Watchdog watchdog(5);
   const Segment segment = make_segment();
   auto doorbell = create_doorbell();
@@ -203,7 +203,7 @@ class FakeRank {
   RankRing ring_;
 };
 
-TEST(DoorbellStress, sleeping_daemon_and_sleeping_ranks_never_miss_each_other) {
+TEST(DoorbellStress, SleepingDaemonAndSleepingRanksNeverMissEachOther) {
   const Watchdog watchdog(50);
   constexpr std::uint64_t kNumRequests = 20'000;
   constexpr std::uint32_t kNumRanks = 2;

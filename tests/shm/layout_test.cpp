@@ -9,7 +9,7 @@
 namespace kt::shm {
 namespace {
 
-TEST(Layout, the_slot_has_its_fields_where_the_drawing_says) {
+TEST(Layout, TheSlotHasItsFieldsWhereTheDrawingSays) {
   EXPECT_EQ(sizeof(Slot), 128u);
   EXPECT_EQ(offsetof(RequestLine, sequence), 0u);
   EXPECT_EQ(offsetof(RequestLine, words), 8u);
@@ -19,7 +19,7 @@ TEST(Layout, the_slot_has_its_fields_where_the_drawing_says) {
   EXPECT_EQ(offsetof(ReplyLine, words), 8u);
 }
 
-TEST(Layout, a_request_has_its_fields_where_the_drawing_says) {
+TEST(Layout, ARequestHasItsFieldsWhereTheDrawingSays) {
   EXPECT_EQ(offsetof(Request, verb), 0u);
   EXPECT_EQ(offsetof(Request, flags), 1u);
   EXPECT_EQ(offsetof(Request, layer), 2u);
@@ -36,7 +36,7 @@ TEST(Layout, a_request_has_its_fields_where_the_drawing_says) {
   EXPECT_EQ(offsetof(Request, reserved), 48u);
 }
 
-TEST(Layout, a_reply_has_its_fields_where_the_drawing_says) {
+TEST(Layout, AReplyHasItsFieldsWhereTheDrawingSays) {
   EXPECT_EQ(offsetof(Reply, code), 0u);
   EXPECT_EQ(offsetof(Reply, message_bytes), 4u);
   EXPECT_EQ(offsetof(Reply, value), 8u);
@@ -46,7 +46,7 @@ TEST(Layout, a_reply_has_its_fields_where_the_drawing_says) {
   EXPECT_EQ(offsetof(Reply, reserved), 32u);
 }
 
-TEST(Layout, the_header_has_its_fields_where_the_drawing_says) {
+TEST(Layout, TheHeaderHasItsFieldsWhereTheDrawingSays) {
   EXPECT_EQ(offsetof(SegmentHeader, magic), 0u);
   EXPECT_EQ(offsetof(SegmentHeader, protocol), 8u);
   EXPECT_EQ(offsetof(SegmentHeader, session_id), 12u);
@@ -58,19 +58,19 @@ TEST(Layout, the_header_has_its_fields_where_the_drawing_says) {
   EXPECT_EQ(offsetof(SegmentHeader, state), 256u);
 }
 
-TEST(Layout, a_verb_has_a_name_and_a_byte_that_is_no_verb_has_one_too) {
+TEST(Layout, AVerbHasANameAndAByteThatIsNoVerbHasOneToo) {
   EXPECT_STREQ(verb_name(Verb::kForward), "FORWARD");
   EXPECT_STREQ(verb_name(Verb::kStep), "STEP");
   EXPECT_STREQ(verb_name(static_cast<Verb>(200)), "unknown");
 }
 
-TEST(Layout, exactly_the_verbs_from_barrier_to_step_are_collective) {
+TEST(Layout, ExactlyTheVerbsFromBarrierToStepAreCollective) {
   for (int verb = 0; verb < 256; ++verb) {
     EXPECT_EQ(is_collective(static_cast<Verb>(verb)), verb >= 7 && verb <= 10) << verb;
   }
 }
 
-TEST(Payload, parts_lie_in_order_at_multiples_of_the_alignment_without_overlap) {
+TEST(Payload, PartsLieInOrderAtMultiplesOfTheAlignmentWithoutOverlap) {
   const PayloadShape shape{.hidden_size = 2049, .top_k = 3, .element_bytes = 2};
   const ForwardPayload forward(shape, 5);
   EXPECT_EQ(forward.x.offset, 0u);
@@ -87,21 +87,21 @@ TEST(Payload, parts_lie_in_order_at_multiples_of_the_alignment_without_overlap) 
   EXPECT_GE(forward.bytes, end);
 }
 
-TEST(Payload, no_tokens_take_no_bytes) {
+TEST(Payload, NoTokensTakeNoBytes) {
   const PayloadShape shape{.hidden_size = 64, .top_k = 2, .element_bytes = 4};
   EXPECT_EQ(ForwardPayload(shape, 0).bytes, 0u);
   EXPECT_EQ(BackwardPayload(shape, 0).bytes, 0u);
   EXPECT_EQ(FetchPayload(shape, 0).bytes, 0u);
 }
 
-TEST(Payload, the_largest_numbers_of_the_protocol_do_not_overflow) {
+TEST(Payload, TheLargestNumbersOfTheProtocolDoNotOverflow) {
   const PayloadShape shape{.hidden_size = 1u << 20, .top_k = 1u << 10, .element_bytes = 4};
   const ForwardPayload forward(shape, ~0u);
   EXPECT_LT(forward.bytes, std::uint64_t{1} << 63);
   EXPECT_EQ(forward.x.bytes, std::uint64_t{~0u} << 22);
 }
 
-TEST(Payload, norm_and_step_agree_on_the_size_of_group_of) {
+TEST(Payload, NormAndStepAgreeOnTheSizeOfGroupOf) {
   EXPECT_EQ(StepPayload(48).group_of.bytes, 48u * 6);
   EXPECT_EQ(NormPayload(48).group_of.bytes, 48u * 6);
   EXPECT_EQ(StepPayload(48).header.bytes, sizeof(StepHeader));

@@ -33,7 +33,7 @@ void round_trip(RankRing& rank, DaemonRing& daemon, std::uint64_t act_id) {
   rank.consume(*sequence);
 }
 
-TEST(Ring, every_field_of_a_request_and_a_reply_arrives) {
+TEST(Ring, EveryFieldOfARequestAndAReplyArrives) {
   const Segment segment = make_segment();
   RankRing rank(segment);
   DaemonRing daemon(segment);
@@ -67,7 +67,7 @@ TEST(Ring, every_field_of_a_request_and_a_reply_arrives) {
   EXPECT_EQ(std::memcmp(&*reply, &answered, sizeof answered), 0);
 }
 
-TEST(Ring, an_empty_ring_has_nothing_to_receive) {
+TEST(Ring, AnEmptyRingHasNothingToReceive) {
   const Segment segment = make_segment();
   DaemonRing daemon(segment);
   EXPECT_FALSE(daemon.has_request());
@@ -75,14 +75,14 @@ TEST(Ring, an_empty_ring_has_nothing_to_receive) {
   EXPECT_EQ(daemon.expected_sequence(), 1u);
 }
 
-TEST(Ring, requests_arrive_in_order_over_several_laps) {
+TEST(Ring, RequestsArriveInOrderOverSeveralLaps) {
   const Segment segment = make_segment();
   RankRing rank(segment);
   DaemonRing daemon(segment);
   for (std::uint64_t i = 1; i <= 3 * kNumSlots + 5; ++i) ASSERT_NO_FATAL_FAILURE(round_trip(rank, daemon, i)) << i;
 }
 
-TEST(Ring, sequences_pass_two_to_the_32_where_done_seq_wraps) {
+TEST(Ring, SequencesPassTwoToThe32WhereDoneSeqWraps) {
   const std::uint64_t newest = (std::uint64_t{1} << 32) - 300;
   const Segment segment = make_segment_after(newest);
   RankRing rank(segment);
@@ -92,7 +92,7 @@ TEST(Ring, sequences_pass_two_to_the_32_where_done_seq_wraps) {
   EXPECT_EQ(daemon.expected_sequence(), newest + 601);
 }
 
-TEST(Ring, a_full_ring_refuses_until_the_slot_it_needs_is_consumed) {
+TEST(Ring, AFullRingRefusesUntilTheSlotItNeedsIsConsumed) {
   const Segment segment = make_segment();
   RankRing rank(segment);
   DaemonRing daemon(segment);
@@ -109,7 +109,7 @@ TEST(Ring, a_full_ring_refuses_until_the_slot_it_needs_is_consumed) {
   EXPECT_FALSE(rank.try_submit(make_request(0)).has_value());
 }
 
-TEST(Ring, replies_and_consumption_may_come_in_any_order) {
+TEST(Ring, RepliesAndConsumptionMayComeInAnyOrder) {
   constexpr unsigned kSeed = 5;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
   std::mt19937 random(kSeed);
@@ -156,7 +156,7 @@ TEST(Ring, replies_and_consumption_may_come_in_any_order) {
   EXPECT_GT(num_submitted, 4u * kNumSlots);
 }
 
-TEST(Ring, attaching_in_the_middle_reads_the_position) {
+TEST(Ring, AttachingInTheMiddleReadsThePosition) {
   const Segment segment = make_segment_after(1000);
   {
     RankRing rank(segment);
@@ -177,7 +177,7 @@ TEST(Ring, attaching_in_the_middle_reads_the_position) {
   EXPECT_EQ(rank.try_submit(make_request(0)), 1001u + kNumSlots);
 }
 
-TEST(Ring, a_sequence_ahead_of_the_expected_one_is_shown_as_hostile_and_moves_nothing) {
+TEST(Ring, ASequenceAheadOfTheExpectedOneIsShownAsHostileAndMovesNothing) {
   const Segment segment = make_segment();
   DaemonRing daemon(segment);
   for (const std::uint64_t forged : {std::uint64_t{2}, std::uint64_t{257}, std::uint64_t{1} << 63, ~std::uint64_t{0}}) {
@@ -194,7 +194,7 @@ TEST(Ring, a_sequence_ahead_of_the_expected_one_is_shown_as_hostile_and_moves_no
   }
 }
 
-TEST(Ring, an_older_sequence_is_nothing) {
+TEST(Ring, AnOlderSequenceIsNothing) {
   const Segment segment = make_segment_after(600);
   DaemonRing daemon(segment);
   for (const std::uint64_t old : {std::uint64_t{0}, std::uint64_t{1}, std::uint64_t{89}, std::uint64_t{600}}) {
@@ -204,7 +204,7 @@ TEST(Ring, an_older_sequence_is_nothing) {
   }
 }
 
-TEST(Ring, garbage_in_a_request_arrives_as_it_is_and_harms_nobody) {
+TEST(Ring, GarbageInARequestArrivesAsItIsAndHarmsNobody) {
   const Segment segment = make_segment();
   DaemonRing daemon(segment);
   for (auto& word : segment.slot(0).request.words) word = ~std::uint64_t{0};
@@ -216,7 +216,7 @@ TEST(Ring, garbage_in_a_request_arrives_as_it_is_and_harms_nobody) {
   EXPECT_STREQ(verb_name(received->request.verb), "unknown");
 }
 
-TEST(Ring, a_rank_that_publishes_over_unanswered_requests_is_not_heard_before_the_answer) {
+TEST(Ring, ARankThatPublishesOverUnansweredRequestsIsNotHeardBeforeTheAnswer) {
   const Segment segment = make_segment();
   DaemonRing daemon(segment);
   for (std::uint64_t sequence = 1; sequence <= kNumSlots; ++sequence) {
@@ -231,7 +231,7 @@ TEST(Ring, a_rank_that_publishes_over_unanswered_requests_is_not_heard_before_th
   EXPECT_EQ(daemon.try_receive()->sequence, kNumSlots + 1);
 }
 
-TEST(Ring, random_bytes_in_the_slots_never_break_the_daemon) {
+TEST(Ring, RandomBytesInTheSlotsNeverBreakTheDaemon) {
   constexpr unsigned kSeed = 20240611;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
   std::mt19937_64 random(kSeed);
@@ -273,7 +273,7 @@ TEST(Ring, random_bytes_in_the_slots_never_break_the_daemon) {
   EXPECT_GT(num_hostile, 1000);
 }
 
-TEST(RingDeath, a_second_answer_to_a_request_is_our_bug) {
+TEST(RingDeath, ASecondAnswerToARequestIsOurBug) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   const Segment segment = make_segment();
   RankRing rank(segment);
@@ -303,7 +303,7 @@ class RingMessage : public ::testing::Test {
   std::string text_;
 };
 
-TEST_F(RingMessage, an_error_arrives_as_it_was_sent) {
+TEST_F(RingMessage, AnErrorArrivesAsItWasSent) {
   const Error error{ErrorCode::kRankDied, "rank 3 died", "its last request was layer 7 of step 12", "look at its log"};
   const Error received = carried(error);
   EXPECT_EQ(text_, "rank 3 died\nits last request was layer 7 of step 12\nlook at its log\n");
@@ -311,14 +311,14 @@ TEST_F(RingMessage, an_error_arrives_as_it_was_sent) {
   EXPECT_EQ(received.text(), error.text());
 }
 
-TEST_F(RingMessage, newlines_in_a_field_do_not_shift_the_others) {
+TEST_F(RingMessage, NewlinesInAFieldDoNotShiftTheOthers) {
   const Error received = carried({ErrorCode::kStale, "a\nb", "c\n\nd", "e\n"});
   EXPECT_EQ(received.what, "a b");
   EXPECT_EQ(received.why, "c  d");
   EXPECT_EQ(received.fix, "e ");
 }
 
-TEST_F(RingMessage, a_long_field_is_cut_and_the_short_ones_stay_whole) {
+TEST_F(RingMessage, ALongFieldIsCutAndTheShortOnesStayWhole) {
   const Error received = carried({ErrorCode::kUsage, std::string(5000, 'w'), "why", "fix it so"});
   EXPECT_EQ(text_.size(), kMessageBytes);
   EXPECT_EQ(received.what, std::string(kMessageBytes - 3 - 12, 'w'));
@@ -326,7 +326,7 @@ TEST_F(RingMessage, a_long_field_is_cut_and_the_short_ones_stay_whole) {
   EXPECT_EQ(received.fix, "fix it so");
 }
 
-TEST_F(RingMessage, three_long_fields_share_the_space_and_no_character_is_split) {
+TEST_F(RingMessage, ThreeLongFieldsShareTheSpaceAndNoCharacterIsSplit) {
   std::string accents;
   for (int i = 0; i < 1000; ++i) accents += "é";
   const Error received = carried({ErrorCode::kUsage, accents, accents, accents});
@@ -339,7 +339,7 @@ TEST_F(RingMessage, three_long_fields_share_the_space_and_no_character_is_split)
   }
 }
 
-TEST_F(RingMessage, a_missing_line_is_filled_so_that_no_line_of_the_error_is_empty) {
+TEST_F(RingMessage, AMissingLineIsFilledSoThatNoLineOfTheErrorIsEmpty) {
   Reply reply;
   reply.code = 8;
   for (const char* text : {"", "\n\n\n", "what", "what\n", "what\nwhy\n"}) {
@@ -350,7 +350,7 @@ TEST_F(RingMessage, a_missing_line_is_filled_so_that_no_line_of_the_error_is_emp
   EXPECT_EQ(error_from_reply(reply, "a\nb\nc\nd\n").fix, "c");
 }
 
-TEST_F(RingMessage, a_message_longer_than_its_place_is_read_only_as_far_as_the_place_goes) {
+TEST_F(RingMessage, AMessageLongerThanItsPlaceIsReadOnlyAsFarAsThePlaceGoes) {
   Reply reply;
   reply.message_bytes = ~0u;
   EXPECT_EQ(rank_.message(1, reply).size(), kMessageBytes);

@@ -15,7 +15,7 @@ using testing::Watchdog;
 
 constexpr std::uint64_t kForever = ~std::uint64_t{0};
 
-TEST(RingWait, ends_by_its_timeout_when_no_reply_comes) {
+TEST(RingWait, EndsByItsTimeoutWhenNoReplyComes) {
   const Watchdog watchdog;
   const Segment segment = make_segment();
   RankRing rank(segment);
@@ -25,7 +25,7 @@ TEST(RingWait, ends_by_its_timeout_when_no_reply_comes) {
   EXPECT_FALSE(rank.wait_done(*sequence, kForever, 2'000'000)) << "spinning ends by the timeout, too";
 }
 
-TEST(RingWait, several_threads_sleeping_on_one_request_all_wake) {
+TEST(RingWait, SeveralThreadsSleepingOnOneRequestAllWake) {
   const Watchdog watchdog;
   const Segment segment = make_segment();
   RankRing rank(segment);
@@ -39,7 +39,7 @@ TEST(RingWait, several_threads_sleeping_on_one_request_all_wake) {
   for (std::thread& waiter : waiters) waiter.join();
 }
 
-TEST(RingWait, a_waiter_that_was_overtaken_by_a_lap_ends) {
+TEST(RingWait, AWaiterThatWasOvertakenByALapEnds) {
   const Watchdog watchdog;
   const Segment segment = make_segment_after(1000);
   const RankRing rank(segment);
@@ -48,7 +48,7 @@ TEST(RingWait, a_waiter_that_was_overtaken_by_a_lap_ends) {
   EXPECT_FALSE(rank.try_reply(1000 - kNumSlots).has_value()) << "its reply is gone";
 }
 
-TEST(RingWait, the_watchdog_releases_sleepers_of_today_and_of_later) {
+TEST(RingWait, TheWatchdogReleasesSleepersOfTodayAndOfLater) {
   const Watchdog watchdog;
   for (int round = 0; round < 20; ++round) {
     const Segment segment = make_segment();
@@ -67,7 +67,7 @@ TEST(RingWait, the_watchdog_releases_sleepers_of_today_and_of_later) {
   }
 }
 
-TEST(RingWait, a_request_that_was_done_counts_as_done_also_after_the_release) {
+TEST(RingWait, ARequestThatWasDoneCountsAsDoneAlsoAfterTheRelease) {
   const Watchdog watchdog;
   const Segment segment = make_segment();
   RankRing rank(segment);

@@ -16,7 +16,7 @@ using testing::make_segment;
 
 UniqueFd duplicate(int fd) { return UniqueFd(::dup(fd)); }
 
-TEST(Segment, both_mappings_see_the_same_bytes) {
+TEST(Segment, BothMappingsSeeTheSameBytes) {
   const Segment daemon = make_segment();
   auto rank = Segment::attach(duplicate(daemon.fd()));
   ASSERT_TRUE(rank.ok()) << rank.error().text();
@@ -33,7 +33,7 @@ TEST(Segment, both_mappings_see_the_same_bytes) {
   EXPECT_EQ(daemon.stream_flag(255).ready.load(), 9u);
 }
 
-TEST(Segment, the_arena_is_rounded_up_to_huge_pages_and_starts_zeroed_on_a_huge_page_boundary) {
+TEST(Segment, TheArenaIsRoundedUpToHugePagesAndStartsZeroedOnAHugePageBoundary) {
   const Segment segment = make_segment(kArenaBytesMin + 1);
   EXPECT_EQ(segment.arena_bytes(), 2u * 1024 * 1024);
   EXPECT_TRUE(segment.page_bytes() == 4096 || segment.page_bytes() == 2 * 1024 * 1024) << segment.page_bytes();
@@ -43,7 +43,7 @@ TEST(Segment, the_arena_is_rounded_up_to_huge_pages_and_starts_zeroed_on_a_huge_
   }
 }
 
-TEST(Segment, an_arena_outside_the_limits_is_refused_with_the_numbers) {
+TEST(Segment, AnArenaOutsideTheLimitsIsRefusedWithTheNumbers) {
   for (const std::uint64_t bytes : {std::uint64_t{0}, kArenaBytesMin - 1, kArenaBytesMax + 1, ~std::uint64_t{0}}) {
     const auto segment = Segment::create(1, bytes);
     ASSERT_FALSE(segment.ok()) << bytes;
@@ -52,7 +52,7 @@ TEST(Segment, an_arena_outside_the_limits_is_refused_with_the_numbers) {
   }
 }
 
-TEST(Segment, nobody_can_truncate_grow_or_unseal_it) {
+TEST(Segment, NobodyCanTruncateGrowOrUnsealIt) {
   const Segment segment = make_segment();
   EXPECT_EQ(::ftruncate(segment.fd(), 0), -1);
   EXPECT_EQ(errno, EPERM);
@@ -62,7 +62,7 @@ TEST(Segment, nobody_can_truncate_grow_or_unseal_it) {
   EXPECT_EQ(errno, EPERM);
 }
 
-TEST(Segment, accessors_stay_where_they_are_when_the_object_is_moved) {
+TEST(Segment, AccessorsStayWhereTheyAreWhenTheObjectIsMoved) {
   Segment first = make_segment();
   Slot* const slot = &first.slot(17);
   const Segment second = std::move(first);
@@ -97,24 +97,24 @@ class SegmentAttach : public ::testing::Test {
   SegmentHeader header_{};
 };
 
-TEST_F(SegmentAttach, accepts_a_correct_one) {
+TEST_F(SegmentAttach, AcceptsACorrectOne) {
   const auto segment = Segment::attach(forged(kBytes, header_, true));
   ASSERT_TRUE(segment.ok()) << segment.error().text();
   EXPECT_EQ(segment.value().page_bytes(), 4096u);
 }
 
-TEST_F(SegmentAttach, refuses_one_that_could_still_be_truncated) {
+TEST_F(SegmentAttach, RefusesOneThatCouldStillBeTruncated) {
   const auto segment = Segment::attach(forged(kBytes, header_, false));
   ASSERT_FALSE(segment.ok());
   EXPECT_NE(segment.error().why.find("seals"), std::string::npos);
 }
 
-TEST_F(SegmentAttach, refuses_a_wrong_magic_number) {
+TEST_F(SegmentAttach, RefusesAWrongMagicNumber) {
   header_.magic ^= 1;
   EXPECT_FALSE(Segment::attach(forged(kBytes, header_, true)).ok());
 }
 
-TEST_F(SegmentAttach, refuses_another_protocol_version_and_names_both) {
+TEST_F(SegmentAttach, RefusesAnotherProtocolVersionAndNamesBoth) {
   header_.protocol = 77;
   const auto segment = Segment::attach(forged(kBytes, header_, true));
   ASSERT_FALSE(segment.ok());
@@ -122,7 +122,7 @@ TEST_F(SegmentAttach, refuses_another_protocol_version_and_names_both) {
   EXPECT_NE(segment.error().why.find("daemon 77, this process 1"), std::string::npos) << segment.error().text();
 }
 
-TEST_F(SegmentAttach, refuses_sizes_that_do_not_match_the_file) {
+TEST_F(SegmentAttach, RefusesSizesThatDoNotMatchTheFile) {
   header_.segment_bytes += 4096;
   EXPECT_FALSE(Segment::attach(forged(kBytes, header_, true)).ok());
   header_.segment_bytes = kBytes;
@@ -130,18 +130,18 @@ TEST_F(SegmentAttach, refuses_sizes_that_do_not_match_the_file) {
   EXPECT_FALSE(Segment::attach(forged(kBytes, header_, true)).ok());
 }
 
-TEST_F(SegmentAttach, refuses_a_file_that_is_too_small_for_the_layout) {
+TEST_F(SegmentAttach, RefusesAFileThatIsTooSmallForTheLayout) {
   EXPECT_FALSE(Segment::attach(forged(0, header_, true)).ok());
   EXPECT_FALSE(Segment::attach(forged(4096, header_, true)).ok());
   EXPECT_FALSE(Segment::attach(forged(kArenaOffset, header_, true)).ok());
 }
 
-TEST_F(SegmentAttach, refuses_what_is_not_a_memfd) {
+TEST_F(SegmentAttach, RefusesWhatIsNotAMemfd) {
   EXPECT_FALSE(Segment::attach(UniqueFd(::open("/dev/null", O_RDWR | O_CLOEXEC))).ok());
   EXPECT_FALSE(Segment::attach(UniqueFd()).ok());
 }
 
-TEST(Memfd, an_empty_pool_of_huge_pages_is_no_resources_and_never_a_signal) {
+TEST(Memfd, AnEmptyPoolOfHugePagesIsNoResourcesAndNeverASignal) {
   constexpr std::uint64_t kBytes = std::uint64_t{1} << 46;  // More than any machine has.
   const auto memfd = Memfd::create("huge", kBytes, true);
   ASSERT_FALSE(memfd.ok());

@@ -92,7 +92,7 @@ class StatusJson : public ::testing::Test {
   StatusPageOwner owner_;
 };
 
-TEST_F(StatusJson, a_fresh_page_is_a_daemon_that_loads_and_knows_nothing) {
+TEST_F(StatusJson, AFreshPageIsADaemonThatLoadsAndKnowsNothing) {
   const json status = status_json(owner_.page());
   expect_no_null(status);
   EXPECT_EQ(keys(status),
@@ -105,13 +105,13 @@ TEST_F(StatusJson, a_fresh_page_is_a_daemon_that_loads_and_knows_nothing) {
   EXPECT_EQ(keys(status["load"]), (Keys{"bytes_done", "seconds"}));
 }
 
-TEST_F(StatusJson, a_page_of_zeros_is_the_same) {
+TEST_F(StatusJson, APageOfZerosIsTheSame) {
   const auto zeros = std::make_unique<StatusPage>();
   std::memset(reinterpret_cast<void*>(zeros.get()), 0, sizeof(StatusPage));
   EXPECT_EQ(status_json(*zeros), status_json(owner_.page()));
 }
 
-TEST_F(StatusJson, a_daemon_at_work_has_exactly_the_keys_of_the_contract) {
+TEST_F(StatusJson, ADaemonAtWorkHasExactlyTheKeysOfTheContract) {
   fill();
   const json status = status_json(owner_.page());
   expect_no_null(status);
@@ -143,7 +143,7 @@ TEST_F(StatusJson, a_daemon_at_work_has_exactly_the_keys_of_the_contract) {
                                         "forward_layer_tokens", "backward_layer_tokens", "errors"}));
 }
 
-TEST_F(StatusJson, numbers_are_exact_and_texts_are_themselves) {
+TEST_F(StatusJson, NumbersAreExactAndTextsAreThemselves) {
   fill();
   const json status = status_json(owner_.page());
   EXPECT_EQ(status["totals"]["forward_requests"].get<std::uint64_t>(), ~std::uint64_t{0});
@@ -157,13 +157,13 @@ TEST_F(StatusJson, numbers_are_exact_and_texts_are_themselves) {
   EXPECT_NEAR(status["ranks"][0]["latency_p50_seconds"].get<double>(), 1e-3, 5e-5);
 }
 
-TEST_F(StatusJson, a_failed_job_says_so) {
+TEST_F(StatusJson, AFailedJobSaysSo) {
   fill();
   owner_.page().jobs[1].failed = 1;
   EXPECT_EQ(status_json(owner_.page())["jobs"][0]["state"], "failed");
 }
 
-TEST_F(StatusJson, what_is_unknown_is_absent_and_never_null) {
+TEST_F(StatusJson, WhatIsUnknownIsAbsentAndNeverNull) {
   fill();
   StatusPage& page = owner_.page();
   for (auto& count : page.ranks[200].latency.counts) count = 0;
@@ -177,13 +177,13 @@ TEST_F(StatusJson, what_is_unknown_is_absent_and_never_null) {
   EXPECT_FALSE(status["jobs"][0].contains("name"));
 }
 
-TEST_F(StatusJson, a_row_that_is_being_written_for_ever_is_left_out) {
+TEST_F(StatusJson, ARowThatIsBeingWrittenForEverIsLeftOut) {
   fill();
   owner_.page().ranks[200].version.fetch_add(1);
   EXPECT_EQ(status_json(owner_.page())["ranks"], json::array());
 }
 
-TEST_F(StatusJson, a_cut_list_of_members_shows_no_half_number) {
+TEST_F(StatusJson, ACutListOfMembersShowsNoHalfNumber) {
   fill();
   JobRow& job = owner_.page().jobs[1];
   std::string members;
@@ -195,7 +195,7 @@ TEST_F(StatusJson, a_cut_list_of_members_shows_no_half_number) {
   for (std::size_t i = 0; i < shown.size(); ++i) EXPECT_EQ(shown[i], 1000 + i);
 }
 
-TEST_F(StatusJson, a_page_of_random_bytes_is_still_an_object_of_valid_text) {
+TEST_F(StatusJson, APageOfRandomBytesIsStillAnObjectOfValidText) {
   constexpr unsigned kSeed = 99;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
   std::mt19937_64 random(kSeed);

@@ -20,7 +20,7 @@ using testing::Watchdog;
 
 UniqueFd duplicate(int fd) { return UniqueFd(::dup(fd)); }
 
-TEST(StatusPage, a_monitor_sees_what_the_daemon_writes) {
+TEST(StatusPage, AMonitorSeesWhatTheDaemonWrites) {
   const auto owner = StatusPageOwner::create();
   ASSERT_TRUE(owner.ok()) << owner.error().text();
   const auto view = StatusPageView::attach(duplicate(owner.value().fd()));
@@ -29,7 +29,7 @@ TEST(StatusPage, a_monitor_sees_what_the_daemon_writes) {
   EXPECT_EQ(view.value().page().totals.batches.load(), 17u);
 }
 
-TEST(StatusPage, nobody_but_the_creator_can_write_or_truncate_it) {
+TEST(StatusPage, NobodyButTheCreatorCanWriteOrTruncateIt) {
   const auto owner = StatusPageOwner::create();
   ASSERT_TRUE(owner.ok());
   const UniqueFd fd = duplicate(owner.value().fd());
@@ -64,7 +64,7 @@ Result<StatusPageView> attach_forged(std::uint64_t bytes, std::uint64_t magic, s
   return StatusPageView::attach(duplicate(memfd.value().fd()));
 }
 
-TEST(StatusPage, another_layout_is_refused) {
+TEST(StatusPage, AnotherLayoutIsRefused) {
   constexpr std::uint32_t kBytes = sizeof(StatusPage);
   EXPECT_TRUE(attach_forged(kBytes, kStatusMagic, kStatusSchema, kBytes, true).ok());
   EXPECT_FALSE(attach_forged(kBytes, kStatusMagic, kStatusSchema, kBytes, false).ok());
@@ -76,12 +76,12 @@ TEST(StatusPage, another_layout_is_refused) {
   EXPECT_FALSE(StatusPageView::attach(UniqueFd(::open("/dev/zero", O_RDONLY | O_CLOEXEC))).ok());
 }
 
-TEST(Latency, an_empty_histogram_has_no_quantiles) {
+TEST(Latency, AnEmptyHistogramHasNoQuantiles) {
   const LatencyHistogram histogram{};
   EXPECT_TRUE(std::isnan(latency_quantile_seconds(histogram, 0.5)));
 }
 
-TEST(Latency, a_quantile_is_within_five_percent_of_the_sample) {
+TEST(Latency, AQuantileIsWithinFivePercentOfTheSample) {
   for (double ns = 1000; ns < 3e12; ns *= 1.37) {
     LatencyHistogram histogram{};
     record_latency(histogram, static_cast<std::uint64_t>(ns));
@@ -91,7 +91,7 @@ TEST(Latency, a_quantile_is_within_five_percent_of_the_sample) {
   }
 }
 
-TEST(Latency, quantiles_split_the_samples_where_they_should) {
+TEST(Latency, QuantilesSplitTheSamplesWhereTheyShould) {
   LatencyHistogram histogram{};
   for (int i = 0; i < 980; ++i) record_latency(histogram, 10'000);
   for (int i = 0; i < 20; ++i) record_latency(histogram, 5'000'000);
@@ -100,7 +100,7 @@ TEST(Latency, quantiles_split_the_samples_where_they_should) {
   EXPECT_NEAR(latency_quantile_seconds(histogram, 0.99), 5e-3, 0.25e-3);
 }
 
-TEST(Latency, the_shortest_and_the_longest_times_fall_into_the_outer_buckets) {
+TEST(Latency, TheShortestAndTheLongestTimesFallIntoTheOuterBuckets) {
   LatencyHistogram histogram{};
   record_latency(histogram, 0);
   record_latency(histogram, 999);
@@ -109,7 +109,7 @@ TEST(Latency, the_shortest_and_the_longest_times_fall_into_the_outer_buckets) {
   EXPECT_EQ(histogram.counts.back().load(), 1u);
 }
 
-TEST(StatusText, a_field_is_cut_at_a_character_and_always_ends) {
+TEST(StatusText, AFieldIsCutAtACharacterAndAlwaysEnds) {
   char field[8];
   std::memset(field, 'x', sizeof field);
   set_text(field, sizeof field, "abc");
@@ -123,12 +123,12 @@ TEST(StatusText, a_field_is_cut_at_a_character_and_always_ends) {
   EXPECT_STREQ(field, "");
 }
 
-TEST(StatusText, a_field_without_an_end_is_read_up_to_its_size) {
+TEST(StatusText, AFieldWithoutAnEndIsReadUpToItsSize) {
   char field[4] = {'a', 'b', 'c', 'd'};
   EXPECT_EQ(get_text(field, sizeof field), "abcd");
 }
 
-TEST(StatusRow, a_reader_never_sees_a_row_half_written) {
+TEST(StatusRow, AReaderNeverSeesARowHalfWritten) {
   const Watchdog watchdog(50);
   const auto owner = StatusPageOwner::create();
   ASSERT_TRUE(owner.ok());

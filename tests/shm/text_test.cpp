@@ -8,7 +8,7 @@
 namespace kt::shm {
 namespace {
 
-TEST(Text, a_cut_never_splits_a_character) {
+TEST(Text, ACutNeverSplitsACharacter) {
   EXPECT_EQ(cut_utf8("abc", 8), "abc");
   EXPECT_EQ(cut_utf8("abc", 2), "ab");
   EXPECT_EQ(cut_utf8("aé", 2), "a");  // é has 2 bytes,
@@ -19,12 +19,12 @@ TEST(Text, a_cut_never_splits_a_character) {
   EXPECT_EQ(cut_utf8("\x80\x80\x80", 2), "");
 }
 
-TEST(Text, valid_text_is_left_alone) {
+TEST(Text, ValidTextIsLeftAlone) {
   const std::string text = "a é € 😀 \xF4\x8F\xBF\xBF";
   EXPECT_EQ(valid_utf8(text), text);
 }
 
-TEST(Text, every_invalid_byte_becomes_a_replacement_character) {
+TEST(Text, EveryInvalidByteBecomesAReplacementCharacter) {
   const std::string mark = "\xEF\xBF\xBD";
   EXPECT_EQ(valid_utf8("a\xFF"
                        "b"),
@@ -36,9 +36,9 @@ TEST(Text, every_invalid_byte_becomes_a_replacement_character) {
   EXPECT_EQ(valid_utf8("\xE2\x82"), mark + mark);                        // Ends too early.
 }
 
-TEST(Text, control_characters_become_spaces) { EXPECT_EQ(one_line("a\nb\tc\x7F\x01 é"), "a b c   é"); }
+TEST(Text, ControlCharactersBecomeSpaces) { EXPECT_EQ(one_line("a\nb\tc\x7F\x01 é"), "a b c   é"); }
 
-TEST(Text, random_bytes_always_become_text_that_json_accepts) {
+TEST(Text, RandomBytesAlwaysBecomeTextThatJsonAccepts) {
   constexpr unsigned kSeed = 11;
   SCOPED_TRACE("seed " + std::to_string(kSeed));
   std::mt19937 random(kSeed);

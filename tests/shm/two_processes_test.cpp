@@ -80,7 +80,7 @@ struct Connection {
   UniqueFd daemon, rank;
 };
 
-TEST(TwoProcesses, train_over_a_passed_segment_sleeping_on_doorbell_and_futex) {
+TEST(TwoProcesses, TrainOverAPassedSegmentSleepingOnDoorbellAndFutex) {
   const Watchdog watchdog;
   Connection connection;
   const pid_t child = run_child([&] {
@@ -117,7 +117,7 @@ TEST(TwoProcesses, train_over_a_passed_segment_sleeping_on_doorbell_and_futex) {
   EXPECT_EQ(wait_for_exit(child), 0);
 }
 
-TEST(TwoProcesses, the_death_of_one_shows_at_the_other_ends_socket) {
+TEST(TwoProcesses, TheDeathOfOneShowsAtTheOtherEndsSocket) {
   const Watchdog watchdog;
   Connection connection;
   const pid_t child = run_child([&] {
