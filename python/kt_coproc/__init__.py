@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .client import Client
     from .experts import MoEExperts
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "ActivationLimit",
@@ -46,6 +46,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("kt-coproc")
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import stat
 
 from harness import DaemonTest, main
@@ -24,6 +25,11 @@ class Usage(DaemonTest):
         done = self.coproc("version")
         self.assertEqual(done.returncode, 0)
         self.assertRegex(done.stdout, r"^kt-coproc \d+\.\d+\.\d+\n$")
+
+    def test_the_version_is_that_of_pyproject(self):
+        pyproject = (pathlib.Path(__file__).resolve().parents[3] / "pyproject.toml").read_text()
+        version = re.search(r'^version = "(.+)"$', pyproject, re.M).group(1)
+        self.assertEqual(self.coproc("version").stdout, f"kt-coproc {version}\n")
 
     def test_wrong_flags_are_refused(self):
         self.assert_error(self.coproc("run"), 2, "--model")
