@@ -13,6 +13,7 @@
 #include "coproc/bench/synthetic_layers.h"
 #include "coproc/experts/expert_layer.h"
 #include "coproc/machine/memory_room.h"
+#include "kernels/formats.h"
 
 namespace kt::coproc {
 namespace {
@@ -82,18 +83,16 @@ ExpertDims dims_of(const LayerBenchOptions& options, std::int64_t element_bytes,
   return dims;
 }
 
-// Scales of quantised weights left out.
-std::uint64_t weight_bits(const std::string& weight_format) {
-  if (weight_format == "fp32") return 32;
-  if (weight_format == "bf16") return 16;
-  return weight_format == "int8" ? 8 : 4;
-}
-
 // So many that all weights together are over four times the caches, at least two where there is memory for them.
 std::uint32_t choose_num_layers(const ExpertDims& dims, const std::string& weight_format, std::uint64_t cache_bytes) {
   constexpr std::uint64_t kLayersMax = 64;
-  const auto layer_bytes = static_cast<std::uint64_t>(3 * dims.hidden_padded() * dims.intermediate_padded()) *
-                           dims.num_experts * weight_bits(weight_format) / 8;
+  const kernels::StorageFormat& format = *kernels::find_format(weight_format);
+  const std::int64_t hidden = dims.hidden_padded();
+  const std::int64_t intermediate = dims.intermediate_padded();
+  const std::int64_t expert_bytes =
+      (2 * intermediate * format.panel_stride(hidden) + hidden * format.panel_stride(intermediate)) /
+      kernels::kPanelRows;
+  const auto layer_bytes = static_cast<std::uint64_t>(expert_bytes) * dims.num_experts;
   const std::uint64_t wanted =
       std::clamp<std::uint64_t>(kCachesOfWeights * cache_bytes / layer_bytes + 1, kLayersMin, kLayersMax);
   // Half of what is free: adapters, activations and the probe's buffer need some too.

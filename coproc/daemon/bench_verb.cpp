@@ -15,6 +15,7 @@
 #include "coproc/daemon/verbs.h"
 #include "coproc/machine/cgroup.h"
 #include "coproc/machine/topology.h"
+#include "kernels/formats.h"
 
 namespace kt::coproc {
 namespace {
@@ -43,9 +44,11 @@ void add_common_options(CLI::App& app, BenchOptions& options) {
       ->type_name("NAME")
       ->check(CLI::IsMember({"auto", "amx", "avx512", "avx2", "scalar"}));
   app.add_option("--numa", options.numa, "auto, off, or pools of CPUs as kt-coproc run takes them")->type_name("POOLS");
-  app.add_option("--weight-format", options.layer.weight_format, "bf16, int8, int4 or fp32")
+  app.add_option("--weight-format", options.layer.weight_format, kernels::format_names(", "))
       ->type_name("FORMAT")
-      ->check(CLI::IsMember({"bf16", "int8", "int4", "fp32"}));
+      ->check([](const std::string& name) {
+        return kernels::find_format(name) != nullptr ? "" : name + " is not one of: " + kernels::format_names(", ");
+      });
 }
 
 void add_layer_options(CLI::App& app, BenchOptions& options) {
@@ -86,9 +89,11 @@ Status check(const BenchOptions& options, const std::string& name) {
       (options.machine.size() != 2 || !std::all_of(options.machine.begin(), options.machine.end(), is_positive))) {
     return refuse("--machine takes two numbers above zero: FLOP/s and bytes/s", "for example --machine 229e12,500e9");
   }
-  if (options.layer.weight_format == "fp32" && options.kernels != "auto" && options.kernels != "scalar") {
-    return refuse("weight format fp32 runs on the scalar kernels only",
-                  "use --kernels auto with --weight-format fp32, or --weight-format bf16");
+  const std::string& format = options.layer.weight_format;
+  const std::string why = kernels::why_not_on(*kernels::find_format(format), options.kernels);
+  if (!why.empty()) {
+    return refuse(why, "use --kernels auto with --weight-format " + format + ", or --weight-format " +
+                           std::string(kernels::formats().front().name));
   }
   return ok_status();
 }
@@ -103,7 +108,7 @@ struct BenchSetup {
 
 Result<BenchSetup> prepare_bench(const BenchOptions& options) {
   BenchSetup setup;
-  const std::int64_t element_bytes = options.layer.weight_format == "fp32" ? 4 : 2;
+  const std::int64_t element_bytes = kernels::find_format(options.layer.weight_format)->element_bytes;
   std::string why;
   setup.table = kernels::find_table(options.kernels, element_bytes, &why);
   if (setup.table == nullptr) {

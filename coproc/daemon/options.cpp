@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <charconv>
 #include <cstdlib>
-#include <initializer_list>
 
 #include "coproc/daemon/settings.h"
+#include "kernels/formats.h"
 #include "shm/control.h"
 
 namespace kt::coproc {
@@ -26,7 +26,7 @@ class Reader {
     return found == values_.end() ? nullptr : &found->second;
   }
 
-  Status choice(const std::string& name, std::initializer_list<std::string_view> choices, std::string& out) const {
+  Status choice(const std::string& name, const std::vector<std::string_view>& choices, std::string& out) const {
     const SettingValue* const value = find(name);
     if (value == nullptr) return ok_status();
     if (std::find(choices.begin(), choices.end(), value->text) == choices.end()) {
@@ -121,11 +121,15 @@ Status read_numa(const Reader& reader, RunOptions& options) {
 }
 
 Status read_formats(const Reader& reader, RunOptions& options) {
-  KT_TRY_STATUS(reader.choice("weight-format", {"bf16", "fp32", "int8", "int4"}, options.weight_format));
+  std::vector<std::string_view> names;
+  for (const kernels::StorageFormat& format : kernels::formats()) names.push_back(format.name);
+  KT_TRY_STATUS(reader.choice("weight-format", names, options.weight_format));
   KT_TRY_STATUS(reader.choice("kernels", {"auto", "amx", "avx512", "avx2", "scalar"}, options.kernels));
-  if (options.weight_format == "fp32" && options.kernels != "auto" && options.kernels != "scalar") {
-    return bad_value(*reader.find("kernels"), "kernels", "weight format fp32 runs on the scalar kernels only",
-                     "use --kernels auto with --weight-format fp32, or --weight-format bf16");
+  const std::string why = kernels::why_not_on(*kernels::find_format(options.weight_format), options.kernels);
+  if (!why.empty()) {
+    return bad_value(*reader.find("kernels"), "kernels", why,
+                     "use --kernels auto with --weight-format " + options.weight_format + ", or --weight-format " +
+                         std::string(kernels::formats().front().name));
   }
   return ok_status();
 }

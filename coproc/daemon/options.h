@@ -18,7 +18,7 @@ struct RunOptions {
   std::string socket_path;    // Absolute, at most 107 bytes.
   std::uint32_t threads = 0;  // 0: chosen from the machine.
   NumaChoice numa;
-  std::string weight_format = "bf16";  // "bf16", "fp32", "int8" or "int4".
+  std::string weight_format = "bf16";  // Of kernels::formats().
   std::string weight_cache;            // Directory for quantised weights; empty: none.
   std::string kernels = "auto";        // "auto" or the name of a table; whether the CPU has it is another question.
   bool deterministic = false;

@@ -4,6 +4,7 @@
 
 #include "coproc/machine/memory_room.h"
 #include "coproc/model/fingerprint.h"
+#include "kernels/formats.h"
 
 namespace kt::coproc {
 namespace {
@@ -35,7 +36,8 @@ Result<const kernels::KernelTable*> choose_kernels(const RunOptions& options, El
 Result<Prepared> prepare(const RunOptions& options) {
   KT_TRY(Checkpoint checkpoint, Checkpoint::open(options.model));
   KT_TRY(std::string model_fingerprint, fingerprint(checkpoint));
-  const ElementType element = options.weight_format == "fp32" ? ElementType::kFp32 : ElementType::kBf16;
+  const kernels::StorageFormat& format = *kernels::find_format(options.weight_format);
+  const ElementType element = format.element_bytes == 4 ? ElementType::kFp32 : ElementType::kBf16;
   const ExpertDims dims = dims_of(checkpoint.config(), element);
   KT_TRY(const kernels::KernelTable* const table, choose_kernels(options, element));
 
@@ -43,7 +45,7 @@ Result<Prepared> prepare(const RunOptions& options) {
   const MemoryRoom room = read_memory_room(limits);
   const Machine machine = inspect_machine(limits.cpus);
   KT_TRY(WorkerPlan workers, plan_workers(machine, options.threads, options.numa));
-  KT_TRY(auto weights, ExpertWeights::create(dims, *table, quantised_format(options.weight_format), workers.nodes));
+  KT_TRY(auto weights, ExpertWeights::create(dims, *table, format.quantised, workers.nodes));
   KT_TRY_STATUS(require_memory(room, weights->bytes(), "the expert weights of " + checkpoint.config().path));
 
   EngineOptions engine;

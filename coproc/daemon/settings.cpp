@@ -2,10 +2,29 @@
 
 #include <cstdlib>
 
+#include "kernels/formats.h"
+
 namespace kt::coproc {
 namespace {
 
-constexpr Setting kSettings[] = {
+const char* weight_formats() {
+  static const std::string names = kernels::format_names("|");
+  return names.c_str();
+}
+
+// "bf16: …; int8: half the memory; … (default: bf16)"
+const char* weight_formats_help() {
+  static const std::string help = [] {
+    std::string text;
+    for (const kernels::StorageFormat& format : kernels::formats()) {
+      text += (text.empty() ? "" : "; ") + std::string(format.name) + ": " + std::string(format.help);
+    }
+    return text + " (default: " + std::string(kernels::formats().front().name) + ")";
+  }();
+  return help.c_str();
+}
+
+const Setting kSettings[] = {
     {"model", SettingKind::kText, "DIR", "checkpoint directory: config.json and *.safetensors", true},
     {"config", SettingKind::kText, "FILE.toml", "file of settings; flags and environment variables come before it",
      false},
@@ -16,10 +35,9 @@ constexpr Setting kSettings[] = {
     {"numa", SettingKind::kText, "auto|off|'0-55;56-111'",
      "a pool of workers with its own experts per NUMA node, one for all, or one per list of CPUs (default: auto)",
      true},
-    {"weight-format", SettingKind::kText, "bf16|int8|int4|fp32",
-     "int8 and int4 take half and a quarter of the memory; fp32 is slow and exact (default: bf16)", true},
+    {"weight-format", SettingKind::kText, weight_formats(), weight_formats_help(), true},
     {"weight-cache", SettingKind::kText, "DIR|off",
-     "where quantised weights (int8, int4) are kept for the next start; off: nowhere (default: "
+     "where quantised weights are kept for the next start; off: nowhere (default: "
      "$XDG_CACHE_HOME/kt-coproc, else ~/.cache/kt-coproc)",
      true},
     {"kernels", SettingKind::kText, "auto|amx|avx512|avx2|scalar", "instruction set (default: auto, the best)", true},

@@ -8,6 +8,7 @@
 
 #include "coproc/machine/memory_room.h"
 #include "coproc/model/progress.h"
+#include "kernels/formats.h"
 
 namespace kt::coproc {
 namespace {
@@ -29,13 +30,11 @@ class WeightsSink : public ExpertSink {
 
 // All that decides what the records hold, besides the checkpoint's weights. No kernel table: all of them quantise to
 // the same bits.
-std::string layout_text(const ExpertDims& dims, kernels::QuantFormat format, std::uint64_t record_bytes) {
-  std::string text = "layout " + std::to_string(kernels::kQuantLayoutVersion);
+std::string layout_text(const ExpertDims& dims, const kernels::StorageFormat& format, std::uint64_t record_bytes) {
+  std::string text = "layout " + std::to_string(format.layout_version);
   const auto add = [&](const char* name, std::int64_t value) {
     text += std::string(" ") + name + std::to_string(value);
   };
-  add("bits ", format.bits);
-  add("group ", format.group);
   add("experts ", dims.num_experts);
   add("hidden ", dims.hidden_size);
   add("padded to ", dims.hidden_padded());
@@ -66,8 +65,8 @@ class Timer {
 
 WeightLoading::WeightLoading(Prepared& prepared, const RunOptions& options, LoadProgress& progress)
     : prepared_(prepared), progress_(progress) {
-  const auto format = quantised_format(options.weight_format);
-  if (!format || options.weight_cache.empty()) return;
+  const kernels::StorageFormat& format = *kernels::find_format(options.weight_format);
+  if (!format.quantised || options.weight_cache.empty()) return;
   ExpertWeights& weights = *prepared.weights;
   const std::uint64_t num_experts = prepared.dims.num_experts;
   const CacheRecords records = {.count = num_experts * prepared.dims.moe_layers.size(),
@@ -79,7 +78,7 @@ WeightLoading::WeightLoading(Prepared& prepared, const RunOptions& options, Load
                                       .data();
                                 }};
   WeightCacheKey key = make_weight_cache_key(prepared.checkpoint, prepared.fingerprint, options.weight_format,
-                                             layout_text(prepared.dims, *format, records.bytes));
+                                             layout_text(prepared.dims, format, records.bytes));
   auto cache = WeightCache::open(options.weight_cache, std::move(key), records);
   if (cache.ok()) {
     cache_ = std::move(cache).value();

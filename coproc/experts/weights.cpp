@@ -9,12 +9,6 @@ namespace kt::coproc {
 
 using kernels::kPanelRows;
 
-std::optional<kernels::QuantFormat> quantised_format(std::string_view weight_format) {
-  if (weight_format == "int8") return kernels::QuantFormat{.bits = 8, .group = 128};
-  if (weight_format == "int4") return kernels::QuantFormat{.bits = 4, .group = 128};
-  return std::nullopt;
-}
-
 kernels::Panels WeightMatrix::elements(const kernels::KernelTable& table, std::int64_t begin, std::int64_t count,
                                        Scratch& scratch) const {
   if (!quantised) return {data + begin * stride, stride, count, k};

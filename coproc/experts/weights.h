@@ -5,7 +5,6 @@
 #include <memory>
 #include <optional>
 #include <span>
-#include <string_view>
 
 #include "coproc/experts/dims.h"
 #include "coproc/experts/memory.h"
@@ -13,10 +12,6 @@
 #include "shm/base/result.h"
 
 namespace kt::coproc {
-
-// How the weights of a --weight-format are quantised; empty: not at all. Groups are the longest there are: their scales
-// add 3 % to the bytes of int8 and 6 % to those of int4.
-std::optional<kernels::QuantFormat> quantised_format(std::string_view weight_format);
 
 // A packed matrix as it is kept: panels of elements, or quantised ones.
 struct WeightMatrix {

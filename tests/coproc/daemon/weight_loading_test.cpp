@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/formats.h"
 #include "tests/support/checkpoint_writer.h"
 #include "tests/support/temp_dir.h"
 
@@ -14,6 +15,15 @@ namespace kt::coproc {
 namespace {
 
 namespace fs = std::filesystem;
+
+// Of the formats that are quantised, or of the others.
+std::vector<std::string> format_names(bool quantised) {
+  std::vector<std::string> names;
+  for (const kernels::StorageFormat& format : kernels::formats()) {
+    if (format.quantised.has_value() == quantised) names.emplace_back(format.name);
+  }
+  return names;
+}
 
 struct Loaded {
   std::string bytes;  // Of all experts, with the pads of their panels.
@@ -113,7 +123,8 @@ TEST_P(WeightLoadingTest, ADamagedCacheIsReplaced) {
 TEST_P(WeightLoadingTest, AnotherFormatOrShapeOrCheckpointHasAnotherFile) {
   const std::string want = load(options()).bytes;
   RunOptions other = options();
-  other.weight_format = GetParam() == "int8" ? "int4" : "int8";
+  const std::vector<std::string> names = format_names(true);
+  other.weight_format = names[0] == GetParam() ? names[1] : names[0];
   const Loaded other_format = load(other);
   EXPECT_FALSE(other_format.from_cache);
   EXPECT_NE(other_format.bytes.size(), want.size());
@@ -146,7 +157,7 @@ TEST_P(WeightLoadingTest, AnUnusableDirectoryCostsTheCacheOnly) {
   expect(nowhere, false, want);
 }
 
-INSTANTIATE_TEST_SUITE_P(Formats, WeightLoadingTest, ::testing::Values("int8", "int4"),
+INSTANTIATE_TEST_SUITE_P(Formats, WeightLoadingTest, ::testing::ValuesIn(format_names(true)),
                          [](const auto& test) { return test.param; });
 
 class UnquantisedLoadingTest : public WeightLoadingTest {};
@@ -156,7 +167,7 @@ TEST_P(UnquantisedLoadingTest, LeavesNoCache) {
   EXPECT_FALSE(fs::exists(cache_));
 }
 
-INSTANTIATE_TEST_SUITE_P(Formats, UnquantisedLoadingTest, ::testing::Values("bf16", "fp32"),
+INSTANTIATE_TEST_SUITE_P(Formats, UnquantisedLoadingTest, ::testing::ValuesIn(format_names(false)),
                          [](const auto& test) { return test.param; });
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cinttypes>
 #include <cstdio>
 
+#include "kernels/formats.h"
 #include "tests/coproc/experts/layer_fixture.h"
 
 namespace kt::test {
@@ -68,7 +69,7 @@ void add_run(TestLayer& layer, const std::vector<const Batch*>& batches, const T
 // Few and many tokens, alone and together, kept and recomputed, in blocks of few rows, on two nodes.
 std::uint64_t hash_of(const GoldenCase& of, const coproc::AdapterLayerSpec& spec) {
   LayerOptions options = {.hidden = 112, .intermediate = 72, .spec = spec};
-  if (!of.format.empty()) options.quantised = coproc::quantised_format(of.format);
+  if (!of.format.empty()) options.quantised = kernels::find_format(of.format)->quantised;
   TestLayer layer(options, *of.table, 601);
   std::mt19937 random(602);
   const Batch none = layer.make_batch(0, Routing::kSoftmaxTopK, random);

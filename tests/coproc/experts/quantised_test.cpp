@@ -3,24 +3,24 @@
 #include <cmath>
 #include <iostream>
 
+#include "kernels/formats.h"
 #include "tests/coproc/experts/layer_fixture.h"
 
 namespace kt::test {
 namespace {
 
-using kernels::QuantFormat;
-
 struct Case {
   const kernels::KernelTable* table;
-  QuantFormat format;
+  const kernels::StorageFormat* format;
 };
-void PrintTo(const Case& value, std::ostream* out) { *out << value.table->name << " int" << value.format.bits; }
+void PrintTo(const Case& value, std::ostream* out) { *out << value.table->name << " " << value.format->name; }
 
 std::vector<Case> all_cases() {
   std::vector<Case> cases;
   for (const kernels::KernelTable* table : kernels::all_tables()) {
-    if (table->quantise == nullptr) continue;
-    for (const std::string_view name : {"int8", "int4"}) cases.push_back({table, *coproc::quantised_format(name)});
+    for (const kernels::StorageFormat& format : kernels::formats()) {
+      if (format.quantised && format.element_bytes == table->element_bytes) cases.push_back({table, &format});
+    }
   }
   return cases;
 }
@@ -33,7 +33,7 @@ class QuantisedLayer : public testing::TestWithParam<Case> {
   }
   const kernels::KernelTable& table() const { return *GetParam().table; }
   LayerOptions with_format(LayerOptions options) const {
-    options.quantised = GetParam().format;
+    options.quantised = GetParam().format->quantised;
     return options;
   }
 
@@ -73,7 +73,7 @@ class QuantisedLayer : public testing::TestWithParam<Case> {
 };
 
 INSTANTIATE_TEST_SUITE_P(Tables, QuantisedLayer, testing::ValuesIn(all_cases()), [](const auto& param) {
-  return std::string(param.param.table->name) + "_int" + std::to_string(param.param.format.bits);
+  return std::string(param.param.table->name) + "_" + std::string(param.param.format->name);
 });
 
 // Gradients are those of what forward computes: tight, so both directions use the same numbers.
@@ -100,7 +100,7 @@ TEST_P(QuantisedLayer, OfOddSizesMatchesTheReference) {
 TEST_P(QuantisedLayer, IsAsNearToTheOriginalWeightsAsItsFormatAllows) {
   LayerOptions options = with_format({.hidden = 256, .intermediate = 256, .spec = spec_of(8, true, 8)});
   options.original_reference = true;
-  const bool is_int8 = GetParam().format.bits == 8;
+  const bool is_int8 = GetParam().format->quantised->bits == 8;
   expect_within(measure(options, 96, 66), is_int8 ? 1.5e-2 : 0.2, is_int8 ? 2e-2 : 0.2);
 }
 
@@ -131,10 +131,10 @@ TEST_P(QuantisedLayer, TakesTheMemoryOfItsFormat) {
                                    .intermediate_size = 768,
                                    .element_bytes = 2};
   const auto plain = coproc::ExpertWeights::create(dims, table()).value()->bytes();
-  const auto quantised = coproc::ExpertWeights::create(dims, table(), GetParam().format).value()->bytes();
+  const auto quantised = coproc::ExpertWeights::create(dims, table(), GetParam().format->quantised).value()->bytes();
   const double ratio = static_cast<double>(plain) / static_cast<double>(quantised);
   std::cout << "bf16 takes " << ratio << " times the memory\n";
-  EXPECT_GE(ratio, GetParam().format.bits == 8 ? 1.9 : 3.6);
+  EXPECT_GE(ratio, GetParam().format->quantised->bits == 8 ? 1.9 : 3.6);
 }
 
 }  // namespace
