@@ -4,11 +4,12 @@
 
 #include <condition_variable>
 #include <deque>
-#include <functional>
 #include <mutex>
 #include <stop_token>
 #include <thread>
 #include <utility>
+
+#include "shm/base/unique_function.h"
 
 namespace kt::coproc {
 
@@ -17,7 +18,7 @@ class BackgroundThread {
   BackgroundThread() : thread_([this](const std::stop_token& stop) { run(stop); }) {}
 
   // Any thread. Runs in order; what has not begun when this object ends is dropped.
-  void post(std::function<void()> work) {
+  void post(UniqueFunction<void()> work) {
     {
       const std::scoped_lock lock(mutex_);
       waiting_.push_back(std::move(work));
@@ -29,7 +30,7 @@ class BackgroundThread {
   void run(const std::stop_token& stop) {
     ::pthread_setname_np(::pthread_self(), "kt-opener");
     for (;;) {
-      std::function<void()> work;
+      UniqueFunction<void()> work;
       {
         std::unique_lock lock(mutex_);
         if (!wake_.wait(lock, stop, [this] { return !waiting_.empty(); }) || stop.stop_requested()) return;
@@ -42,8 +43,8 @@ class BackgroundThread {
 
   std::mutex mutex_;
   std::condition_variable_any wake_;
-  std::deque<std::function<void()>> waiting_;  // Guarded by mutex_.
-  std::jthread thread_;                        // Last: stopped and joined before the rest goes.
+  std::deque<UniqueFunction<void()>> waiting_;  // Guarded by mutex_.
+  std::jthread thread_;                         // Last: stopped and joined before the rest goes.
 };
 
 }  // namespace kt::coproc

@@ -17,7 +17,7 @@ struct Server::Connection {
                                  // the end of the connection, while the peer still sends, may be lost.
 
   bool has_spoken = false;
-  bool busy = false;              // C3.
+  bool busy = false;              // A command is with the engine (server.h).
   bool throttled = false;         // Sent too many packets: not heard until the next tick.
   std::uint32_t num_packets = 0;  // Since the last tick.
 

@@ -88,7 +88,7 @@ void Server::close(Connection& connection) { connections_.erase(connection.id); 
 void Server::end_session(Connection& connection, SessionEnd why, const std::string& how) {
   if (connection.session_id == 0) return;
   if (connection.is_open) {
-    engine_->end_session(connection.session_id, why, [](const Json&) {});
+    engine_->end_session(connection.session_id, why, {});
     spdlog::info("session {} {} ({})", connection.session_id, how, connection.who());
   }
   connection.session_id = 0;

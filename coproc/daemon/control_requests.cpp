@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "coproc/engine/text.h"
 #include "shm/status_page.h"
 #include "shm/text.h"
 
@@ -13,7 +14,8 @@ using nlohmann::json;
 
 constexpr std::size_t kLabelBytesMax = sizeof shm::JobRow::name - 1;
 constexpr std::uint64_t kU32Max = std::numeric_limits<std::uint32_t>::max();
-constexpr double kTimeoutSecondsMax = 1e9;  // 30 years; a larger number would not fit nanoseconds.
+constexpr double kTimeoutSecondsMax = 1e8;  // Three years; it has to fit nanoseconds.
+constexpr std::uint32_t kAdapterIdMax = 65535;
 
 Error malformed(const char* key, const std::string& needed) {
   return Error{ErrorCode::kInvalidArgument, "a malformed control packet",
@@ -86,7 +88,59 @@ Result<HalfSpec> half_field(const json& body, const char* key) {
   return half;
 }
 
+Error senseless(std::string what, std::string why, std::string fix) {
+  return Error{ErrorCode::kInvalidArgument, std::move(what), std::move(why), std::move(fix)};
+}
+
+// What is wrong with one rank's join by itself; empty: nothing.
+std::string join_fault(const JoinJob& join) {
+  const auto& members = join.members;
+  if (join.job_id.empty() || join.job_id.size() > kLabelBytesMax) {
+    return "job_id has " + std::to_string(join.job_id.size()) + " bytes; it needs 1 to " +
+           std::to_string(kLabelBytesMax);
+  }
+  if (members.empty()) return "members is empty";
+  for (std::size_t i = 1; i < members.size(); ++i) {
+    if (members[i] <= members[i - 1]) return "members is " + join_ranks(members) + "; it must ascend, each rank once";
+  }
+  if (members.back() >= join.world_size) {
+    return "members names rank " + std::to_string(members.back()) + "; world_size is " +
+           std::to_string(join.world_size);
+  }
+  if (!std::binary_search(members.begin(), members.end(), join.rank)) {
+    return "rank " + std::to_string(join.rank) + " is not among its own members " + join_ranks(members);
+  }
+  if (!(join.timeout_seconds >= 0 && join.timeout_seconds <= kTimeoutSecondsMax)) {
+    return "timeout_seconds is " + number_text(join.timeout_seconds) + "; it must be 0 (the default) to 1e8";
+  }
+  return "";
+}
+
 }  // namespace
+
+Status check(const DeleteAdapter& remove) {
+  if (remove.adapter_id >= 1 && remove.adapter_id <= kAdapterIdMax) return ok_status();
+  return senseless("adapter " + std::to_string(remove.adapter_id) + " was named in a control command",
+                   "adapters are 1 to " + std::to_string(kAdapterIdMax) + "; 0 is the base model",
+                   "use a number in that range");
+}
+
+Status check(const CreateAdapter& create) {
+  KT_TRY_STATUS(check(DeleteAdapter{create.adapter_id}));
+  const auto duplicate = std::adjacent_find(create.layers.begin(), create.layers.end());
+  if (!create.layers.empty() && duplicate == create.layers.end()) return ok_status();
+  return senseless(
+      "adapter " + std::to_string(create.adapter_id) + " cannot be created",
+      create.layers.empty() ? "no layers were named" : "layer " + std::to_string(*duplicate) + " was named twice",
+      "name each layer that is to be adapted once");
+}
+
+Status check(const JoinJob& join) {
+  std::string fault = join_fault(join);
+  if (fault.empty()) return ok_status();
+  return senseless("rank " + std::to_string(join.rank) + " cannot join job '" + join.job_id + "'", std::move(fault),
+                   "send job_id, rank, world_size and members as the process group has them");
+}
 
 Result<HelloRequest> parse_hello(const json& body) {
   HelloRequest hello;
@@ -102,13 +156,17 @@ Result<CreateAdapter> parse_adapter_create(const json& body) {
   CreateAdapter create;
   KT_TRY(create.adapter_id, u32_field(body, "adapter"));
   KT_TRY(create.layers, list_field(body, "layers"));
+  std::sort(create.layers.begin(), create.layers.end());
   KT_TRY(create.spec.gate_up, half_field(body, "gate_up"));
   KT_TRY(create.spec.shared_a, flag_field(body["gate_up"], "shared_a"));
   KT_TRY(create.spec.down, half_field(body, "down"));
   return create;
 }
 
-Result<std::uint32_t> parse_adapter_delete(const json& body) { return u32_field(body, "adapter"); }
+Result<DeleteAdapter> parse_adapter_delete(const json& body) {
+  KT_TRY(const std::uint32_t adapter_id, u32_field(body, "adapter"));
+  return DeleteAdapter{adapter_id};
+}
 
 Result<JoinJob> parse_join(const json& body) {
   JoinJob join;
@@ -118,7 +176,7 @@ Result<JoinJob> parse_join(const json& body) {
   KT_TRY(join.world_size, u32_field(body, "world_size"));
   KT_TRY(join.members, list_field(body, "members"));
   if (body.contains("timeout_seconds")) {
-    KT_TRY(join.timeout_seconds, number_field(body, "timeout_seconds", 0, kTimeoutSecondsMax));
+    KT_TRY(join.timeout_seconds, number_field(body, "timeout_seconds", 0, std::numeric_limits<double>::max()));
   }
   return join;
 }

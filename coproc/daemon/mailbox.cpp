@@ -13,7 +13,7 @@ Result<std::unique_ptr<Mailbox>> Mailbox::create() {
   return std::make_unique<Mailbox>(std::move(event));
 }
 
-void Mailbox::post(std::function<void()> work) {
+void Mailbox::post(UniqueFunction<void()> work) {
   {
     const std::scoped_lock lock(mutex_);
     waiting_.push_back(std::move(work));
@@ -26,12 +26,12 @@ void Mailbox::post(std::function<void()> work) {
 void Mailbox::run_all() {
   std::uint64_t count = 0;
   [[maybe_unused]] const ssize_t got = ::read(event_.get(), &count, sizeof count);
-  std::vector<std::function<void()>> work;
+  std::vector<UniqueFunction<void()>> work;
   {
     const std::scoped_lock lock(mutex_);
     work.swap(waiting_);
   }
-  for (const std::function<void()>& one : work) one();
+  for (UniqueFunction<void()>& one : work) one();
 }
 
 }  // namespace kt::coproc

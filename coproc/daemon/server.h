@@ -4,9 +4,9 @@
 // process' death, or for a malformed packet. Everything here is cold; requests for experts never pass through.
 //
 // Invariants
-//   C1  Only the control thread (the caller of run) touches connections. Other threads post() to it.
-//   C2  It never waits for a peer: sockets do not block, a peer that does not read its replies is dropped.
-//   C3  A connection has at most one command with the engine (`busy`); its next packets wait in the socket.
+//   Only the control thread (the caller of run) touches connections. Other threads post() to it.
+//   It never waits for a peer: sockets do not block, a peer that does not read its replies is dropped.
+//   A connection has at most one command with the engine (`busy`); its next packets wait in the socket.
 #pragma once
 #include <chrono>
 #include <cstdint>
@@ -51,7 +51,7 @@ class Server {
   ~Server();
 
   // Any thread: runs `work` on the control thread.
-  void post(std::function<void()> work) { mailbox_->post(std::move(work)); }
+  void post(UniqueFunction<void()> work) { mailbox_->post(std::move(work)); }
 
   // Control thread. Loading is over: sessions may attach. The engine outlives run().
   void serve(Engine& engine);
@@ -91,12 +91,12 @@ class Server {
   void session_ended(std::uint32_t session_id, const Error& error);
   std::size_t num_sessions() const;
 
-  // Packets (packets.cpp).
+  // Packets (server_packets.cpp).
   void on_packet(Connection& connection, const shm::Packet& packet);
   void on_hello(Connection& connection, const Json& body);
   Status check_hello(const Connection& connection, const struct HelloRequest& hello) const;
   void on_segment(std::uint64_t connection_id, Result<shm::Segment> segment);
-  void on_opened(std::uint64_t connection_id, const Json& answer);
+  void on_opened(std::uint64_t connection_id, const Status& status);
   void on_adapter_create(Connection& connection, const Json& body);
   void on_adapter_delete(Connection& connection, const Json& body);
   void on_join(Connection& connection, const Json& body);
@@ -105,7 +105,9 @@ class Server {
   void on_stop(Connection& connection, const Json& body);
   void reject(Connection& connection, const Error& error);
   bool require_session(Connection& connection);
-  Engine::Answer answer_to(Connection& connection);
+  OnDone answer_to(Connection& connection);
+  // From worker 0's thread: the engine's answer to the connection's command.
+  void post_answer(std::uint64_t connection_id, Json body);
 
   RuntimeSocket& socket_;
   shm::StatusPageOwner& status_;

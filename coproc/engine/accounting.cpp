@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "coproc/engine/job.h"
+#include "coproc/engine/text.h"
 
 namespace kt::coproc {
 namespace {
@@ -170,8 +171,8 @@ void Accounting::set_memory(const MemoryBytes& bytes) {
   set(page_.bytes_arenas, bytes.arenas);
 }
 
-void Accounting::tick(std::uint64_t now_ns) {
-  if (at_rest_ || now_ns < samples_.back().at_ns + kSampleNs) return;
+bool Accounting::tick(std::uint64_t now_ns) {
+  if (at_rest_ || now_ns < samples_.back().at_ns + kSampleNs) return false;
   take_sample(now_ns);
   // Keep one sample that is at least a second old, so that the window is never shorter than that for long.
   while (samples_.size() > 2 && samples_[1].at_ns + kWindowNs <= now_ns) {
@@ -179,6 +180,7 @@ void Accounting::tick(std::uint64_t now_ns) {
     for (RankAccount* account : ranks_) account->samples.pop_front();
   }
   publish_rates();
+  return true;
 }
 
 void Accounting::take_sample(std::uint64_t now_ns) {

@@ -50,8 +50,8 @@ class Accounting {
   void count_step();
   void set_memory(const MemoryBytes& bytes);
 
-  // Samples counters about ten times a second and publishes rates over the last second.
-  void tick(std::uint64_t now_ns);
+  // Samples counters about ten times a second and publishes rates over the last second. True: it did.
+  bool tick(std::uint64_t now_ns);
   // True while rates or waiting shares are not yet, or not any more, what they are at rest: tick must go on.
   bool needs_ticks() const { return !at_rest_; }
 

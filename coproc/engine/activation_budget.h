@@ -1,4 +1,4 @@
-// How much of an activation may be kept (B4). A forward never waits for activation memory: keep all, keep less, refuse.
+// How much of an activation may be kept. A forward never waits for activation memory: keep all, keep less, refuse.
 #pragma once
 #include <cstdint>
 

@@ -1,12 +1,12 @@
 #include "coproc/engine/agreement.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <iterator>
 #include <utility>
 
 #include "coproc/engine/messages.h"
+#include "coproc/engine/text.h"
 
 namespace kt::coproc {
 namespace {
@@ -106,25 +106,19 @@ Offer describe_command(const RankedCommand& ranked) {
   Offer offer{ranked.rank, {}};
   const std::string name = command_name(*ranked.command);
   offer.fields.push_back({"the command", name});
-  if (const auto* create = std::get_if<CreateAdapter>(&ranked.command->what)) {
+  if (const auto* create = std::get_if<CreateAdapter>(ranked.command)) {
     offer.fields.push_back({"the adapter", name + " of adapter " + std::to_string(create->adapter_id)});
     offer.fields.push_back({"the layers", name + " for layers " + join_ranks(create->layers)});
     offer.fields.push_back({"gate_up", name + " with gate_up " + half_text(create->spec.gate_up)});
     offer.fields.push_back({"shared_a", name + (create->spec.shared_a ? " with shared_a" : " without shared_a")});
     offer.fields.push_back({"down", name + " with down " + half_text(create->spec.down)});
-  } else if (const auto* remove = std::get_if<DeleteAdapter>(&ranked.command->what)) {
+  } else if (const auto* remove = std::get_if<DeleteAdapter>(ranked.command)) {
     offer.fields.push_back({"the adapter", name + " of adapter " + std::to_string(remove->adapter_id)});
   }
   return offer;
 }
 
 }  // namespace
-
-std::string number_text(double value) {
-  char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value).ptr;
-  return {text, end};
-}
 
 std::optional<Disagreement> first_disagreement(std::span<const Offer> offers) {
   constexpr std::size_t kNumNamedMax = 6;
@@ -164,7 +158,7 @@ std::optional<Disagreement> ring_disagreement(std::span<const RankedRequest> req
   return first_disagreement(offers);
 }
 
-std::optional<Disagreement> control_disagreement(std::span<const RankedCommand> commands) {
+std::optional<Disagreement> command_disagreement(std::span<const RankedCommand> commands) {
   std::vector<Offer> offers;
   for (const RankedCommand& command : commands) offers.push_back(describe_command(command));
   return first_disagreement(offers);

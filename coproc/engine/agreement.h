@@ -1,4 +1,4 @@
-// Whether the members of a job ask for the same collective, and the words for it when they do not (O3).
+// Whether the members of a job ask for the same collective, and the words for it when they do not.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -40,14 +40,11 @@ struct RankedRequest {
 inline constexpr double kScaleTolerance = 1e-5;
 std::optional<Disagreement> ring_disagreement(std::span<const RankedRequest> requests);
 
-// Control commands of all members, ascending by rank: adapter_create or adapter_delete with all its values.
+// Commands of all members, ascending by rank: adapter_create or adapter_delete with all its values.
 struct RankedCommand {
   std::uint32_t rank = 0;
-  const ControlRequest* command = nullptr;
+  const AdapterCommand* command = nullptr;
 };
-std::optional<Disagreement> control_disagreement(std::span<const RankedCommand> commands);
-
-// The shortest text that reads back as the same number.
-std::string number_text(double value);
+std::optional<Disagreement> command_disagreement(std::span<const RankedCommand> commands);
 
 }  // namespace kt::coproc

@@ -8,7 +8,7 @@ namespace kt::coproc {
 
 CommandInbox::CommandInbox() : wake_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) { KT_CHECK(wake_.valid()); }
 
-void CommandInbox::post(std::function<void()> command) {
+void CommandInbox::post(UniqueFunction<void()> command) {
   {
     const std::lock_guard lock(mutex_);
     posted_.push_back(std::move(command));
@@ -22,13 +22,13 @@ void CommandInbox::post(std::function<void()> command) {
 
 bool CommandInbox::run_all() {
   if (empty()) return false;
-  std::vector<std::function<void()>> commands;
+  std::vector<UniqueFunction<void()>> commands;
   {
     const std::lock_guard lock(mutex_);
     commands.swap(posted_);
     num_posted_.store(0, std::memory_order_release);
   }
-  for (const auto& command : commands) command();
+  for (auto& command : commands) command();
   return true;
 }
 

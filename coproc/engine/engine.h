@@ -1,21 +1,17 @@
 // The engine: every session, job, adapter and activation of the daemon, owned by one thread (worker 0).
 //
-// Worker 0 loops: take commands → receive requests of every session (copy, validate) → run what may run (scheduler) →
-// compute a batch with the worker pool → reply. Nothing else touches the state, so there are no locks in it. Other
-// threads post commands; they take effect between batches.
+// Worker 0 loops: take commands → receive requests of every session (copy, validate) → run what may run → compute a
+// batch with the worker pool → reply. Nothing else touches the state, so there are no locks in it. Other threads post
+// commands; they take effect between batches.
 #pragma once
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <nlohmann/json.hpp>
-#include <string>
-#include <vector>
 
-#include "coproc/experts/adapter.h"
+#include "coproc/engine/commands.h"
 #include "coproc/experts/dims.h"
 #include "coproc/experts/expert_layer.h"
-#include "shm/base/unique_fd.h"
-#include "shm/segment.h"
+#include "shm/base/result.h"
 #include "shm/status_page.h"
 
 namespace kt::coproc {
@@ -27,34 +23,8 @@ struct EngineOptions {
   std::uint64_t collective_timeout_ns = 600'000'000'000;  // For jobs that named none in join: 10 min.
 };
 
-struct OpenSession {
-  std::uint32_t session_id = 0;
-  std::uint32_t pid = 0;  // For display and messages only.
-  std::string name;       // KT_COPROC_JOB or "".
-  shm::Segment segment;
-  UniqueFd doorbell;
-};
-struct CreateAdapter {
-  std::uint32_t adapter_id = 0;
-  std::vector<std::uint32_t> layers;
-  AdapterLayerSpec spec;
-};
-struct JoinJob {
-  std::string job_id;
-  std::string name;
-  std::uint32_t rank = 0;
-  std::uint32_t world_size = 0;
-  std::vector<std::uint32_t> members;
-  double timeout_seconds = 0;  // 0: the default.
-};
-enum class SessionEnd { kBye, kDied, kProtocolError };
-
 class Engine {
  public:
-  // The answer to a command: a control reply body ({"ok":true,…} or an error_reply). Called on worker 0's thread; must
-  // not block. Answers of a session that ended meanwhile are not given.
-  using Answer = std::function<void(nlohmann::json)>;
-
   Engine(const ExpertDims& dims, const kernels::KernelTable& table, const ExpertWeights& weights, WorkerPool& pool,
          shm::StatusPage& page, EngineOptions options);
   ~Engine();
@@ -65,15 +35,15 @@ class Engine {
   // Worker 0's loop. Returns after stop().
   void run();
 
-  // Commands, from any thread.
-  void open_session(OpenSession session, Answer answer);
-  void end_session(std::uint32_t session_id, SessionEnd why, Answer answer);
-  void create_adapter(std::uint32_t session_id, CreateAdapter create, Answer answer);
-  void delete_adapter(std::uint32_t session_id, std::uint32_t adapter_id, Answer answer);
-  void join(std::uint32_t session_id, JoinJob join, Answer answer);
+  // Commands, from any thread (commands.h says what may be in them and how they are answered).
+  void open_session(OpenSession session, OnDone answer);
+  void end_session(std::uint32_t session_id, SessionEnd why, OnEnded answer);
+  void create_adapter(std::uint32_t session_id, CreateAdapter create, OnDone answer);
+  void delete_adapter(std::uint32_t session_id, std::uint32_t adapter_id, OnDone answer);
+  void join(std::uint32_t session_id, JoinJob join, OnJoined answer);
   // Requests received so far complete; collectives that cannot and later requests are answered with kCoprocDied naming
   // the shutdown; every segment's state becomes kShuttingDown. `done` is called when nothing is in flight any more.
-  void shut_down(std::function<void()> done);
+  void shut_down(OnEnded done);
   void stop();
 
  private:

@@ -1,4 +1,4 @@
-// Deficit round robin over jobs (B2): whose batch runs next.
+// Deficit round robin over jobs: whose batch runs next.
 //
 // Each turn gives a job a quantum, the most expensive batch that waits at the moment; it runs batches as long as what
 // it has saved pays for them, and keeps the rest for its next turn. A job with nothing waiting loses what it saved.

@@ -1,6 +1,6 @@
 #include "coproc/engine/job.h"
 
-#include "coproc/engine/agreement.h"
+#include "coproc/engine/text.h"
 
 namespace kt::coproc {
 namespace {
@@ -48,12 +48,6 @@ std::vector<std::uint32_t> Job::ranks() const {
   std::vector<std::uint32_t> all;
   for (const Member& member : members) all.push_back(member.rank);
   return all;
-}
-
-std::string join_ranks(const std::vector<std::uint32_t>& ranks) {
-  std::string text;
-  for (const std::uint32_t rank : ranks) text += (text.empty() ? "" : ",") + std::to_string(rank);
-  return text;
 }
 
 std::string adapters_difference(const Job& job_a, std::uint32_t rank_a, const Job& job_b, std::uint32_t rank_b,

@@ -38,9 +38,8 @@ struct Job {
   std::vector<Member> members;  // Ascending by rank.
   bool joined = false;          // False: the job of one a session starts with.
   std::map<std::uint32_t, std::unique_ptr<Adapter>> adapters;
-  std::uint64_t step = 0;  // STEPs since join (I3).
+  std::uint64_t step = 0;  // STEPs since join.
   std::uint64_t collective_timeout_ns = 0;
-  std::uint64_t activation_bytes = 0;
   std::optional<JobFailure> failure;    // Engaged: FAILED.
   std::optional<JobFailure> departure;  // A member said bye: what collectives are answered with from then on.
   shm::JobRow* row = nullptr;           // nullptr: all rows of the status page are taken.
@@ -50,9 +49,6 @@ struct Job {
   std::vector<Session*> sessions() const;    // Those still there, ascending by rank.
   std::vector<std::uint32_t> ranks() const;  // All members', also of those who left.
 };
-
-// "0,1,2".
-std::string join_ranks(const std::vector<std::uint32_t>& ranks);
 
 // Where two jobs' adapters differ, as "adapter 1: r of gate_up is 8 in layer 3 for rank 0, 4 for rank 1"; empty: equal.
 std::string adapters_difference(const Job& job_a, std::uint32_t rank_a, const Job& job_b, std::uint32_t rank_b,

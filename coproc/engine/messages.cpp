@@ -2,7 +2,7 @@
 
 #include <unistd.h>
 
-#include <cstdio>
+#include "coproc/engine/text.h"
 
 namespace kt::coproc {
 
@@ -26,9 +26,8 @@ const char* adapter_tensor_name(shm::AdapterTensor tensor) {
   return "unknown tensor";
 }
 
-const char* command_name(const ControlRequest& command) {
-  if (std::holds_alternative<JoinJob>(command.what)) return "join";
-  return std::holds_alternative<CreateAdapter>(command.what) ? "adapter_create" : "adapter_delete";
+const char* command_name(const AdapterCommand& command) {
+  return std::holds_alternative<CreateAdapter>(command) ? "adapter_create" : "adapter_delete";
 }
 
 std::string describe(const Session& session) {
@@ -44,21 +43,14 @@ std::string describe(const Session& session, const shm::Request& request) {
       request.verb == Verb::kFetch || request.verb == Verb::kBackward || request.verb == Verb::kRelease;
   if (by_activation) {
     text += " of activation " + std::to_string(request.act_id);
-    const auto found = session.activations.find(request.act_id);
-    if (found != session.activations.end()) {
-      layer = found->second.layer;
-      adapter_id = found->second.adapter_id;
+    if (const Activation* activation = session.activations.find(request.act_id)) {
+      layer = activation->layer;
+      adapter_id = activation->adapter_id;
     }
   }
   if (!shm::is_collective(request.verb))
     text += std::string(by_activation ? "," : " of") + " layer " + std::to_string(layer);
   return text + " with adapter " + std::to_string(adapter_id) + " in step " + std::to_string(session.job->step);
-}
-
-std::string seconds_text(std::uint64_t ns) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.1f s", static_cast<double>(ns) / 1e9);
-  return text;
 }
 
 std::string describe(const LastRequest& last, std::uint64_t now_ns) {
@@ -116,14 +108,10 @@ Error rank_gone(const Session& session, SessionEnd why, const Error& reason, std
                "restart the training job from its last checkpoint; READ still shows the adapters as of step " + step};
 }
 
-Error shutting_down() {
+Error shutting_down_error() {
   return Error{ErrorCode::kCoprocDied, "kt-coproc (pid " + std::to_string(::getpid()) + ") is shutting down",
                "it was told to stop; requests it had received before are complete",
                "start it again (kt-coproc run --model DIR) and resume from the last checkpoint"};
-}
-
-Error invalid_control(std::string what, std::string why, std::string fix) {
-  return Error{ErrorCode::kInvalidArgument, std::move(what), std::move(why), std::move(fix)};
 }
 
 }  // namespace kt::coproc

@@ -10,7 +10,7 @@
 namespace kt::coproc {
 
 const char* adapter_tensor_name(shm::AdapterTensor tensor);  // "gate_a", …
-const char* command_name(const ControlRequest& command);     // "join", "adapter_create", "adapter_delete"
+const char* command_name(const AdapterCommand& command);     // "adapter_create", "adapter_delete"
 
 // "rank 1 (pid 123) of job 'abc'"
 std::string describe(const Session& session);
@@ -18,7 +18,6 @@ std::string describe(const Session& session);
 std::string describe(const Session& session, const shm::Request& request);
 // "FORWARD of layer 3 in step 5, 1.2 s ago"
 std::string describe(const LastRequest& last, std::uint64_t now_ns);
-std::string seconds_text(std::uint64_t ns);  // "1.2 s"
 
 // A malformed request: ends the session (kInvalidArgument).
 Error protocol_error(const Session& session, const shm::Request& request, std::string why);
@@ -27,7 +26,6 @@ Error unknown_activation(const Session& session, const shm::Request& request);
 Error stale_activation(const Session& session, const shm::Request& request, const Activation& activation);
 // A session's end, for its peers. reason: what it was told when it broke the protocol.
 Error rank_gone(const Session& session, SessionEnd why, const Error& reason, std::uint64_t now_ns);
-Error shutting_down();
-Error invalid_control(std::string what, std::string why, std::string fix);
+Error shutting_down_error();
 
 }  // namespace kt::coproc

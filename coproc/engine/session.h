@@ -1,24 +1,22 @@
 // A session: one rank process, seen from the daemon. It owns the ring end, the requests in flight and the activations.
 //
-//   slot → DaemonRing → queue (ring order) → answered at the front, one after the other (O1)
+//   slot → DaemonRing → queue (in ring order) → answered at the front, one after the other
 #pragma once
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <optional>
 #include <string>
-#include <unordered_map>
-#include <variant>
 #include <vector>
 
 #include "coproc/engine/accounting.h"
-#include "coproc/engine/engine.h"
-#include "coproc/experts/expert_layer.h"
+#include "coproc/engine/activation_store.h"
+#include "coproc/engine/commands.h"
 #include "shm/ring.h"
 
 namespace kt::coproc {
 
 struct Job;
+struct JobFailure;
 
 // A request received and not yet answered. What it needs from the arena besides floats is copied once, when it becomes
 // the head of its queue: so a session holds at most one private copy.
@@ -33,17 +31,6 @@ struct Pending {
   std::vector<std::uint8_t> group_of;       // STEP, NORM: [num_layers][kNumAdapterTensors].
 };
 
-struct DeleteAdapter {
-  std::uint32_t adapter_id = 0;
-};
-
-// A control command that waits for the job's other members.
-struct ControlRequest {
-  std::variant<JoinJob, CreateAdapter, DeleteAdapter> what;
-  Engine::Answer answer;
-  std::uint64_t asked_ns = 0;
-};
-
 // The latest request of a rank other than RELEASE, for the messages its peers get.
 struct LastRequest {
   const char* name = "hello";
@@ -54,13 +41,22 @@ struct LastRequest {
 };
 
 struct Session {
-  Session(OpenSession&& open)
+  explicit Session(OpenSession&& open)
       : id(open.session_id),
         pid(open.pid),
         name(std::move(open.name)),
         segment(std::move(open.segment)),
         doorbell(std::move(open.doorbell)),
         ring(segment) {}
+
+  // Answers the front of the queue and removes it. error: nullptr if there is none.
+  void answer_head(Accounting& accounting, const shm::Reply& reply, const Error* error);
+  // The same with what the members of a job are told once it failed or a member has left.
+  void refuse_head(Accounting& accounting, const JobFailure& failure);
+  // The session ends: its requests take no effect, whatever their order.
+  void refuse_all(Accounting& accounting, const Error& reason);
+  void note_request(const shm::Request& request, std::uint64_t now_ns);
+  void note_command(const char* command, std::uint64_t now_ns);
 
   const std::uint32_t id;
   const std::uint32_t pid;
@@ -69,11 +65,10 @@ struct Session {
   const UniqueFd doorbell;
   shm::DaemonRing ring;  // Refers to `segment`: a session never moves.
 
-  Job* job = nullptr;
+  Job* job = nullptr;  // The registry sets the job and the rank.
   std::uint32_t rank = 0;
   std::deque<Pending> queue;
-  std::unordered_map<std::uint64_t, Activation> activations;  // By act_id.
-  std::optional<ControlRequest> control;
+  ActivationStore activations;
   LastRequest last;
   RankAccount account;
 };

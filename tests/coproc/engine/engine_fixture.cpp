@@ -15,6 +15,27 @@ namespace {
 constexpr auto kWatchdog = std::chrono::seconds(30);
 constexpr std::uint32_t kNobody = 0xffff'ffff;  // A session id that no test reaches.
 
+std::pair<coproc::OnJoined, Host::Call> join_slot() {
+  std::promise<Host::Answer> promise;
+  Host::Call future = promise.get_future();
+  return {[promise = std::move(promise)](Host::Answer answer) mutable { promise.set_value(std::move(answer)); },
+          std::move(future)};
+}
+
+std::pair<coproc::OnDone, Host::Call> answer_slot() {
+  auto [answer, call] = join_slot();
+  return {[answer = std::move(answer)](const Status& status) mutable {
+            answer(status.ok() ? Host::Answer(coproc::JoinAnswer{}) : Host::Answer(status.error()));
+          },
+          std::move(call)};
+}
+
+void wait(std::future<void> future, const char* what) {
+  if (future.wait_for(kWatchdog) != std::future_status::ready) throw std::runtime_error(what);
+}
+
+}  // namespace
+
 ExpertDims small_model(std::uint32_t element_bytes) {
   ExpertDims dims;
   dims.num_layers = 4;
@@ -64,14 +85,6 @@ shm::StatusPageOwner make_page() {
   return std::move(page).value();
 }
 
-std::pair<coproc::Engine::Answer, Host::Call> answer_slot() {
-  auto promise = std::make_shared<std::promise<nlohmann::json>>();
-  Host::Call future = promise->get_future();
-  return {[promise](const nlohmann::json& body) { promise->set_value(body); }, std::move(future)};
-}
-
-}  // namespace
-
 coproc::AdapterLayerSpec default_spec() {
   coproc::AdapterLayerSpec spec;
   spec.gate_up = {4, 0.5};
@@ -118,50 +131,54 @@ std::unique_ptr<Rank> Host::open(const std::string& name) {
   rank->session_id = num_sessions_;
   auto [answer, call] = answer_slot();
   engine_->open_session(
-      {num_sessions_, 1000 + num_sessions_, name, std::move(segment).value(), std::move(doorbell).value()}, answer);
+      {num_sessions_, 1000 + num_sessions_, name, std::move(segment).value(), std::move(doorbell).value()},
+      std::move(answer));
   if (const std::string error = error_of(get(std::move(call))); !error.empty()) throw std::runtime_error(error);
   return rank;
 }
 
-nlohmann::json Host::refused_open() {
+Error Host::refused_open() {
   auto segment = shm::Segment::create(++num_sessions_, shm::kArenaBytesMin);
   auto [answer, call] = answer_slot();
-  engine_->open_session({num_sessions_, 1, "", std::move(segment).value(), shm::create_doorbell().value()}, answer);
-  nlohmann::json body = get(std::move(call));
-  if (body.at("ok")) throw std::runtime_error("the session was opened");
-  return body;
+  engine_->open_session({num_sessions_, 1, "", std::move(segment).value(), shm::create_doorbell().value()},
+                        std::move(answer));
+  const Answer refused = get(std::move(call));
+  if (refused.ok()) throw std::runtime_error("the session was opened");
+  return refused.error();
 }
 
 Host::Call Host::create(const Rank& rank, std::uint32_t adapter_id, std::vector<std::uint32_t> layers,
                         coproc::AdapterLayerSpec spec) {
   auto [answer, call] = answer_slot();
-  engine_->create_adapter(rank.session_id, {adapter_id, std::move(layers), spec}, answer);
+  engine_->create_adapter(rank.session_id, {adapter_id, std::move(layers), spec}, std::move(answer));
   return std::move(call);
 }
 
 Host::Call Host::remove(const Rank& rank, std::uint32_t adapter_id) {
   auto [answer, call] = answer_slot();
-  engine_->delete_adapter(rank.session_id, adapter_id, answer);
+  engine_->delete_adapter(rank.session_id, adapter_id, std::move(answer));
   return std::move(call);
 }
 
 Host::Call Host::join(const Rank& rank, JoinJob join) {
-  auto [answer, call] = answer_slot();
-  engine_->join(rank.session_id, std::move(join), answer);
+  auto [answer, call] = join_slot();
+  engine_->join(rank.session_id, std::move(join), std::move(answer));
   return std::move(call);
 }
 
 void Host::end(const Rank& rank, SessionEnd why) {
-  auto [answer, call] = answer_slot();
-  engine_->end_session(rank.session_id, why, answer);
-  get(std::move(call));
+  std::promise<void> ended;
+  auto has_ended = ended.get_future();
+  engine_->end_session(rank.session_id, why, [ended = std::move(ended)]() mutable { ended.set_value(); });
+  wait(std::move(has_ended), "watchdog: the session does not end");
 }
 
 void Host::rounds(int count) {
   for (int i = 0; i <= count; ++i) {
-    auto [answer, call] = answer_slot();
-    engine_->end_session(kNobody, SessionEnd::kBye, answer);
-    get(std::move(call));
+    std::promise<void> passed;
+    auto has_passed = passed.get_future();
+    engine_->end_session(kNobody, SessionEnd::kBye, [passed = std::move(passed)]() mutable { passed.set_value(); });
+    wait(std::move(has_passed), "watchdog: no round");
   }
 }
 
@@ -169,11 +186,11 @@ Host::Pause::Pause(Host& host) {
   std::promise<void> reached;
   auto stands = reached.get_future();
   host.engine().end_session(kNobody, SessionEnd::kBye,
-                            [&reached, released = released_.get_future().share()](const nlohmann::json&) {
+                            [reached = std::move(reached), released = released_.get_future()]() mutable {
                               reached.set_value();
                               released.wait();
                             });
-  if (stands.wait_for(kWatchdog) != std::future_status::ready) throw std::runtime_error("watchdog: no pause");
+  wait(std::move(stands), "watchdog: no pause");
 }
 
 std::vector<std::pair<std::uint32_t, Error>> Host::broken() {
@@ -202,20 +219,17 @@ std::vector<std::unique_ptr<Rank>> Host::open_job(std::uint32_t count, const std
   return ranks;
 }
 
-nlohmann::json get(Host::Call call) {
+Host::Answer get(Host::Call call) {
   if (call.wait_for(kWatchdog) != std::future_status::ready) {
     throw std::runtime_error("watchdog: no answer to a control command within 30 s");
   }
   return call.get();
 }
 
-std::string error_of(const nlohmann::json& answer, ErrorCode* code) {
-  if (code != nullptr) *code = ErrorCode::kOk;
-  if (answer.at("ok").get<bool>()) return "";
-  const nlohmann::json& error = answer.at("error");
-  if (code != nullptr) *code = static_cast<ErrorCode>(error.at("code").get<std::uint32_t>());
-  return error.at("what").get<std::string>() + "\n" + error.at("why").get<std::string>() + "\n" +
-         error.at("fix").get<std::string>();
+std::string error_of(const Host::Answer& answer, ErrorCode* code) {
+  if (code != nullptr) *code = answer.ok() ? ErrorCode::kOk : answer.error().code;
+  if (answer.ok()) return "";
+  return answer.error().what + "\n" + answer.error().why + "\n" + answer.error().fix;
 }
 
 JoinJob join_request(std::uint32_t rank, std::uint32_t world_size, const std::string& job_id, double timeout_seconds) {

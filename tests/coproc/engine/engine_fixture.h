@@ -7,7 +7,6 @@
 #include <future>
 #include <memory>
 #include <mutex>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <thread>
 #include <vector>
@@ -28,6 +27,10 @@ using shm::TensorKind;
 inline constexpr std::uint32_t kAdapter = 1;                     // The adapter most tests train.
 inline const std::vector<std::uint32_t> kMoeLayers = {1, 2, 3};  // Of four layers: the first one is dense.
 coproc::AdapterLayerSpec default_spec();
+ExpertDims small_model(std::uint32_t element_bytes);
+const kernels::KernelTable& scalar_table(std::uint32_t element_bytes);
+std::unique_ptr<coproc::ExpertWeights> random_weights(const ExpertDims& dims, const kernels::KernelTable& table);
+shm::StatusPageOwner make_page();
 
 // A session as the tests hold it.
 struct Rank : TestRank {
@@ -37,7 +40,8 @@ struct Rank : TestRank {
 
 class Host {
  public:
-  using Call = std::future<nlohmann::json>;
+  using Answer = Result<coproc::JoinAnswer>;  // Of a command that is no join: step 0.
+  using Call = std::future<Answer>;
 
   explicit Host(std::uint32_t element_bytes = 2, EngineOptions options = default_options());
   ~Host();
@@ -51,8 +55,7 @@ class Host {
   coproc::Engine& engine() { return *engine_; }
 
   std::unique_ptr<Rank> open(const std::string& name = "");
-  // The answer to a refused open. Throws if it was not refused.
-  nlohmann::json refused_open();
+  Error refused_open();  // Throws if it was not refused.
   Call create(const Rank& rank, std::uint32_t adapter_id = kAdapter, std::vector<std::uint32_t> layers = kMoeLayers,
               coproc::AdapterLayerSpec spec = default_spec());
   Call remove(const Rank& rank, std::uint32_t adapter_id);
@@ -94,9 +97,9 @@ class Host {
 };
 
 // Waits for an answer; throws std::runtime_error after 30 s.
-nlohmann::json get(Host::Call call);
+Host::Answer get(Host::Call call);
 // "" when the answer is ok, else its error text; `code` gets the error code.
-std::string error_of(const nlohmann::json& answer, ErrorCode* code = nullptr);
+std::string error_of(const Host::Answer& answer, ErrorCode* code = nullptr);
 JoinJob join_request(std::uint32_t rank, std::uint32_t world_size, const std::string& job_id,
                      double timeout_seconds = 0);
 

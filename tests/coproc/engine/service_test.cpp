@@ -1,40 +1,10 @@
 // The engine as a service: fairness between jobs, the status page, limits, shutdown, and real concurrency.
 #include <thread>
 
-#include "coproc/engine/fair_share.h"
 #include "tests/coproc/engine/engine_fixture.h"
 
 namespace kt::test {
 namespace {
-
-using coproc::FairShare;
-
-TEST(FairShares, GiveJobsEqualNanosecondsNotEqualTurns) {
-  FairShare shares;
-  const FairShare::Claim claims[] = {{3, 400}, {5, 100}, {9, 200}};
-  std::size_t turns[3] = {};
-  for (int i = 0; i < 700; ++i) ++turns[shares.pick(claims)];
-  EXPECT_EQ(turns[0], 100u);
-  EXPECT_EQ(turns[1], 400u);
-  EXPECT_EQ(turns[2], 200u);
-}
-
-TEST(FairShares, ServeEveryoneWithinARoundAndForgetTheIdle) {
-  FairShare shares;
-  const FairShare::Claim only[] = {{4, 50}};
-  for (int i = 0; i < 1000; ++i) EXPECT_EQ(shares.pick(only), 0u);
-  // A newcomer is served within a round, however long the other was alone.
-  const FairShare::Claim both[] = {{4, 50}, {8, 5000}};
-  std::size_t waited = 0;
-  while (shares.pick(both) != 1) ++waited;
-  EXPECT_LE(waited, 100u);
-  // What a job saved is gone once it had nothing to run.
-  const FairShare::Claim small[] = {{4, 50}, {8, 1}};
-  EXPECT_EQ(shares.pick(only), 0u);
-  std::size_t turns[2] = {};
-  for (int i = 0; i < 51 * 10; ++i) ++turns[shares.pick(small)];
-  EXPECT_NEAR(static_cast<double>(turns[0]), 10, 1);
-}
 
 // Both jobs have everything queued. At the moment the small job is through, how far is the large one?
 std::uint64_t large_jobs_turns(std::uint32_t large_tokens) {
@@ -134,8 +104,8 @@ TEST(Limits, RefuseASessionWhenAllRowsAreTaken) {
   for (std::uint32_t i = 1; i < shm::kNumRankRowsMax; ++i) host.page().ranks[i].used.store(1);
   for (std::uint32_t i = 0; i < shm::kNumJobRowsMax; ++i) host.page().jobs[i].used.store(1);
   auto rank = host.open();  // Jobs without a row run all the same.
-  const nlohmann::json answer = host.refused_open();
-  EXPECT_EQ(answer.at("error").at("code").get<std::uint32_t>(), static_cast<std::uint32_t>(ErrorCode::kNoResources));
+  const Error refused = host.refused_open();
+  EXPECT_EQ(refused.code, ErrorCode::kNoResources);
   EXPECT_EQ(host.page().totals.sessions_rejected.load(), 1u);
   EXPECT_TRUE(rank->finish(rank->send_forward(1, 0, 0, random_tokens(host.shape(), 1, 1))).ok());
   host.page().jobs[3].used.store(0);
@@ -173,8 +143,7 @@ TEST(Shutdown, CompletesWhatWasReceivedAndRefusesTheRest) {
   EXPECT_EQ(later.error.code, ErrorCode::kCoprocDied);
   EXPECT_FALSE(error_of(get(host.create(*alone)), &code).empty());
   EXPECT_EQ(code, ErrorCode::kCoprocDied);
-  EXPECT_EQ(host.refused_open().at("error").at("code").get<std::uint32_t>(),
-            static_cast<std::uint32_t>(ErrorCode::kCoprocDied));
+  EXPECT_EQ(host.refused_open().code, ErrorCode::kCoprocDied);
   for (auto& rank : ranks) EXPECT_EQ(rank->segment().header().state.load(), shm::SessionState::kShuttingDown);
   host.end(*ranks[0], SessionEnd::kBye);
 }

@@ -112,9 +112,9 @@ void Server::on_hello(Connection& connection, const Json& body) {
   update_interest(connection);
   const auto create = [this, connection_id = connection.id, session_id = connection.session_id,
                        arena_bytes = hello.value().arena_bytes] {
-    // std::function copies what it holds, and a segment cannot be copied.
-    auto segment = std::make_shared<Result<shm::Segment>>(shm::Segment::create(session_id, arena_bytes));
-    post([this, connection_id, segment] { on_segment(connection_id, std::move(*segment)); });
+    post([this, connection_id, segment = shm::Segment::create(session_id, arena_bytes)]() mutable {
+      on_segment(connection_id, std::move(segment));
+    });
   };
   opener_.post(create);
 }
@@ -145,22 +145,22 @@ void Server::on_segment(std::uint64_t connection_id, Result<shm::Segment> segmen
   connection->is_open = true;
   OpenSession open{connection->session_id, connection->pid, connection->name, std::move(segment).value(),
                    std::move(doorbell).value()};
-  engine_->open_session(std::move(open), [this, connection_id](const Json& answer) {
-    post([this, connection_id, answer] { on_opened(connection_id, answer); });
+  engine_->open_session(std::move(open), [this, connection_id](Status status) {
+    post([this, connection_id, status = std::move(status)] { on_opened(connection_id, status); });
   });
 }
 
-void Server::on_opened(std::uint64_t connection_id, const Json& answer) {
+void Server::on_opened(std::uint64_t connection_id, const Status& status) {
   Connection* const connection = find(connection_id);
   if (connection == nullptr) return;
   const UniqueFd segment_fd = std::move(connection->segment_fd);
   const UniqueFd doorbell_fd = std::move(connection->doorbell_fd);
   connection->busy = false;
   update_interest(*connection);
-  if (!answer.value("ok", false)) {
+  if (!status.ok()) {
     connection->session_id = 0;  // The engine counted it as rejected.
     connection->is_open = false;
-    send(*connection, answer);
+    send(*connection, shm::error_reply(status.error()));
     return;
   }
   Json reply = identity_.hello_reply;
@@ -174,17 +174,21 @@ bool Server::require_session(Connection& connection) {
   return false;
 }
 
-Engine::Answer Server::answer_to(Connection& connection) {
+void Server::post_answer(std::uint64_t connection_id, Json body) {
+  post([this, connection_id, body = std::move(body)] {
+    Connection* const waiting = find(connection_id);
+    if (waiting == nullptr) return;
+    waiting->busy = false;
+    update_interest(*waiting);
+    send(*waiting, body);
+  });
+}
+
+OnDone Server::answer_to(Connection& connection) {
   connection.busy = true;
   update_interest(connection);
-  return [this, connection_id = connection.id](const Json& answer) {
-    post([this, connection_id, answer] {
-      Connection* const waiting = find(connection_id);
-      if (waiting == nullptr) return;
-      waiting->busy = false;
-      update_interest(*waiting);
-      send(*waiting, answer);
-    });
+  return [this, connection_id = connection.id](const Status& status) {
+    post_answer(connection_id, status.ok() ? Json{{"ok", true}} : shm::error_reply(status.error()));
   };
 }
 
@@ -192,21 +196,39 @@ void Server::on_adapter_create(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
   auto create = parse_adapter_create(body);
   if (!create.ok()) return refuse_malformed(connection, create.error());
+  if (const Status sound = check(create.value()); !sound.ok()) {
+    send(connection, shm::error_reply(sound.error()));
+    return;
+  }
   engine_->create_adapter(connection.session_id, std::move(create).value(), answer_to(connection));
 }
 
 void Server::on_adapter_delete(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
-  const auto adapter_id = parse_adapter_delete(body);
-  if (!adapter_id.ok()) return refuse_malformed(connection, adapter_id.error());
-  engine_->delete_adapter(connection.session_id, adapter_id.value(), answer_to(connection));
+  const auto remove = parse_adapter_delete(body);
+  if (!remove.ok()) return refuse_malformed(connection, remove.error());
+  if (const Status sound = check(remove.value()); !sound.ok()) {
+    send(connection, shm::error_reply(sound.error()));
+    return;
+  }
+  engine_->delete_adapter(connection.session_id, remove.value().adapter_id, answer_to(connection));
 }
 
 void Server::on_join(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
   auto join = parse_join(body);
   if (!join.ok()) return refuse_malformed(connection, join.error());
-  engine_->join(connection.session_id, std::move(join).value(), answer_to(connection));
+  if (const Status sound = check(join.value()); !sound.ok()) {
+    send(connection, shm::error_reply(sound.error()));
+    return;
+  }
+  connection.busy = true;
+  update_interest(connection);
+  engine_->join(connection.session_id, std::move(join).value(),
+                [this, connection_id = connection.id](const Result<JoinAnswer>& joined) {
+                  post_answer(connection_id, joined.ok() ? Json{{"ok", true}, {"step", joined.value().step}}
+                                                         : shm::error_reply(joined.error()));
+                });
 }
 
 void Server::on_bye(Connection& connection, const Json&) {
@@ -218,10 +240,10 @@ void Server::on_bye(Connection& connection, const Json&) {
   update_interest(connection);
   spdlog::info("session {} left ({})", connection.session_id, connection.who());
   const std::uint32_t session_id = std::exchange(connection.session_id, 0);
-  engine_->end_session(session_id, SessionEnd::kBye, [this, connection_id = connection.id](const Json& answer) {
-    post([this, connection_id, answer] {
+  engine_->end_session(session_id, SessionEnd::kBye, [this, connection_id = connection.id] {
+    post([this, connection_id] {
       Connection* const leaving = find(connection_id);
-      if (leaving != nullptr && send(*leaving, answer)) close(*leaving);
+      if (leaving != nullptr && send(*leaving, Json{{"ok", true}})) close(*leaving);
     });
   });
 }
