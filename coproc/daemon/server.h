@@ -105,6 +105,7 @@ class Server {
   void on_stop(Connection& connection, const Json& body);
   void reject(Connection& connection, const Error& error);
   bool require_session(Connection& connection);
+  bool require_sound(Connection& connection, const Status& checked);  // False: the connection was told.
   OnDone answer_to(Connection& connection);
   // From worker 0's thread: the engine's answer to the connection's command.
   void post_answer(std::uint64_t connection_id, Json body);

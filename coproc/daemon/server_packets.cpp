@@ -174,6 +174,11 @@ bool Server::require_session(Connection& connection) {
   return false;
 }
 
+bool Server::require_sound(Connection& connection, const Status& checked) {
+  if (!checked.ok()) send(connection, shm::error_reply(checked.error()));
+  return checked.ok();
+}
+
 void Server::post_answer(std::uint64_t connection_id, Json body) {
   post([this, connection_id, body = std::move(body)] {
     Connection* const waiting = find(connection_id);
@@ -196,10 +201,7 @@ void Server::on_adapter_create(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
   auto create = parse_adapter_create(body);
   if (!create.ok()) return refuse_malformed(connection, create.error());
-  if (const Status sound = check(create.value()); !sound.ok()) {
-    send(connection, shm::error_reply(sound.error()));
-    return;
-  }
+  if (!require_sound(connection, check(create.value()))) return;
   engine_->create_adapter(connection.session_id, std::move(create).value(), answer_to(connection));
 }
 
@@ -207,10 +209,7 @@ void Server::on_adapter_delete(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
   const auto remove = parse_adapter_delete(body);
   if (!remove.ok()) return refuse_malformed(connection, remove.error());
-  if (const Status sound = check(remove.value()); !sound.ok()) {
-    send(connection, shm::error_reply(sound.error()));
-    return;
-  }
+  if (!require_sound(connection, check(remove.value()))) return;
   engine_->delete_adapter(connection.session_id, remove.value().adapter_id, answer_to(connection));
 }
 
@@ -218,10 +217,7 @@ void Server::on_join(Connection& connection, const Json& body) {
   if (!require_session(connection)) return;
   auto join = parse_join(body);
   if (!join.ok()) return refuse_malformed(connection, join.error());
-  if (const Status sound = check(join.value()); !sound.ok()) {
-    send(connection, shm::error_reply(sound.error()));
-    return;
-  }
+  if (!require_sound(connection, check(join.value()))) return;
   connection.busy = true;
   update_interest(connection);
   engine_->join(connection.session_id, std::move(join).value(),

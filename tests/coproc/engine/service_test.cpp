@@ -1,4 +1,5 @@
 // The engine as a service: fairness between jobs, the status page, limits, shutdown, and real concurrency.
+#include <atomic>
 #include <thread>
 
 #include "tests/coproc/engine/engine_fixture.h"
@@ -85,6 +86,33 @@ TEST(Status, CountsExactlyAndRatesFallToZeroWhenIdle) {
   EXPECT_EQ(page.jobs[0].used.load(), 0u);
   EXPECT_EQ(page.bytes_arenas.load(), 0u);
   EXPECT_EQ(page.totals.forward_requests.load(), num_forwards);  // Ended sessions stay counted.
+}
+
+// No command wakes the engine here: it publishes on its own, also while another rank keeps it busy.
+TEST(Status, ShowsActivationsComeAndGoWhetherTheEngineIsBusyOrNot) {
+  for (const bool busy : {false, true}) {
+    Host host;
+    auto rank = host.open();
+    auto other = host.open();
+    std::atomic<bool> done = false;
+    std::thread traffic([&] {
+      const Tokens tokens = random_tokens(host.shape(), 3, 1);
+      while (busy && !done.load()) EXPECT_TRUE(other->finish(other->send_forward(1, 0, 0, tokens)).ok());
+    });
+    const auto becomes = [&](bool zero) {
+      for (int i = 0; i < 3000; ++i) {
+        if ((host.page().bytes_activations.load() == 0) == zero) return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      }
+      return false;
+    };
+    EXPECT_TRUE(rank->finish(rank->send_forward(1, 0, 7, random_tokens(host.shape(), 5, 2))).ok());
+    EXPECT_TRUE(becomes(false));
+    EXPECT_TRUE(rank->finish(rank->send_release(7)).ok());
+    EXPECT_TRUE(becomes(true));
+    done.store(true);
+    traffic.join();
+  }
 }
 
 TEST(Status, ShowsARankThatWaitsInACollective) {
