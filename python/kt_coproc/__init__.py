@@ -13,8 +13,8 @@ from .errors import ActivationLimit, CoprocDied, CoprocError, CoprocModelMismatc
 
 if TYPE_CHECKING:
     from .api import attach, connect, expert_gradients, join, stats
-    from .client import Client
-    from .experts import MoEExperts
+    from .connection import Client
+    from .layer import MoEExperts
 
     __version__: str
 
@@ -35,8 +35,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Client": ".client",
-    "MoEExperts": ".experts",
+    "Client": ".connection",
+    "MoEExperts": ".layer",
     "attach": ".api",
     "connect": ".api",
     "expert_gradients": ".api",

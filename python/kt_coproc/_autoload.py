@@ -2,8 +2,8 @@
 
 It must be cheap, must never raise (an exception here breaks `import torch` for everything in the environment) and must
 not connect: launchers import torch too. With KT_COPROC set it patches torch and arranges for transformers, PEFT and
-accelerate to be patched when they are imported. What goes wrong on the way is kept in `failure` and raised by the first
-`from_pretrained`, so that nothing falls back silently.
+accelerate to be patched when they are imported. What goes wrong on the way is kept in `patching` and raised by the
+first `from_pretrained`, so that nothing falls back silently.
 
 A module that should be patched can be in one of three states:
     not imported yet      the finder below patches it right after its import
@@ -15,29 +15,24 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from . import environment, patching
+
 Patch = Callable[[ModuleType], None]
 
-failure: BaseException | None = None
 _targets: dict[str, Patch] = {}
 _pending: dict[str, Patch] = {}
 _main_pending = False
 _installed = False
 
 
-def configured() -> bool:
-    """Whether KT_COPROC asks for the co-process."""
-    return os.environ.get("KT_COPROC", "") not in ("", "off")
-
-
 def main() -> None:
     """Called by torch. Returns at once unless KT_COPROC is set."""
-    if configured():
+    if environment.configured():
         install()
 
 
@@ -55,38 +50,44 @@ def install() -> None:
 
 
 def _patch_everything() -> None:
-    global failure
     try:
-        from . import hooks
-
-        hooks.patch_torch()
-        _targets.update(hooks.POST_IMPORT)
+        _patch_torch()
+        _targets.update(_patches_after_import())
     except BaseException as error:  # Whatever it is, the import must survive; see the module's text.
-        failure = error
+        patching.keep_failure(error)
         _targets["transformers.modeling_utils"] = _refuse_loading
     _pending.update({name: patch for name, patch in _targets.items() if name in sys.modules})
     _drain()
+
+
+def _patch_torch() -> None:
+    from .hooks import torch_checkpoint, torch_clipping, torch_optimizer, torch_parallel
+
+    for hooks in (torch_optimizer, torch_clipping, torch_parallel, torch_checkpoint):
+        hooks.patch()
+
+
+def _patches_after_import() -> dict[str, Patch]:
+    """Module -> what is done to it right after its import (or now, when it is imported already)."""
+    from .hooks import accelerate, peft, torch_checkpoint, torch_parallel, transformers
+
+    return {
+        "torch.distributed.checkpoint.state_dict": torch_checkpoint.patch_distributed_checkpoint,
+        "torch.distributed.fsdp": torch_parallel.patch_fsdp,
+        "transformers.modeling_utils": transformers.patch,
+        "peft.tuners.lora.layer": peft.patch_layer,
+        "peft.tuners.tuners_utils": peft.patch_tuners,
+        "accelerate.accelerator": accelerate.patch,
+    }
 
 
 def _refuse_loading(modeling_utils: ModuleType) -> None:
     """Used when our hooks could not be installed: loading a model says so instead of running without them."""
 
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        raise_failure()
+        patching.raise_failure()
 
     modeling_utils.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-
-
-def raise_failure() -> None:
-    """Raises what went wrong while patching, if anything did."""
-    if failure is not None:
-        from .errors import refusal
-
-        raise refusal(
-            "kt-coproc could not be installed in this process",
-            f"{type(failure).__name__}: {failure}",
-            "use the tested versions of torch, transformers, peft and accelerate (README), or unset KT_COPROC",
-        ) from failure
 
 
 def _own_import_running() -> bool:
@@ -118,11 +119,10 @@ def _drain() -> None:
 
 
 def _apply(patch: Patch, module: ModuleType) -> None:
-    global failure
     try:
         patch(module)
     except BaseException as error:  # Whatever it is, the import must survive; see the module's text.
-        failure = failure or error
+        patching.keep_failure(error)
 
 
 class _Loader(importlib.abc.Loader):

@@ -26,19 +26,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import distributed
-from .client import Client, Connection
+from .connection import Client, Connection
+from .membership import lowest_values
+from .wire import DOWN_A, DOWN_B, FROZEN, GATE_A, GATE_B, NUM_TENSORS, PARAM, UP_B, T
 
 # Halves and sides, as PEFT has them.
 GATE_UP, DOWN = "gate_up", "down"
 SIDE_A, SIDE_B = "A", "B"
 PARAMETER_NAMES = {"gate_up_proj": GATE_UP, "down_proj": DOWN}
 
-# shm::AdapterTensor and shm::TensorKind.
-GATE_A, GATE_B, UP_A, UP_B, DOWN_A, DOWN_B = range(6)
-NUM_TENSORS = 6
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, T = range(5)
-FROZEN = 255
 _WIRE = {
     (GATE_UP, SIDE_A): (GATE_A,),
     (GATE_UP, SIDE_B): (GATE_B, UP_B),
@@ -172,7 +168,7 @@ class Adapter:
         self._tensors: weakref.WeakValueDictionary[tuple[int, str, str], LoraTensor] = weakref.WeakValueDictionary()
         self._created: set[int] = set()
         self._connection = binding.client.connection
-        self._connection.adapters.add(self)
+        _adapters.setdefault(self._connection, weakref.WeakSet()).add(self)
         binding.adapters[name] = self
 
     @property
@@ -242,7 +238,7 @@ class Adapter:
         for tensor in tensors:
             values, tensor.values = tensor.values, None
             if membership is not None:
-                values = distributed.lowest_values(membership, tensor, values)
+                values = lowest_values(membership, tensor.shape, values)
             if values is not None:
                 tensor.send(values)
         if membership is not None:
@@ -283,3 +279,11 @@ class Binding:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         return Binding(self.client)
+
+
+_adapters: weakref.WeakKeyDictionary[Connection, weakref.WeakSet[Adapter]] = weakref.WeakKeyDictionary()
+
+
+def adapters_of(connection: Connection) -> list[Adapter]:
+    """The adapters of a session that exist in this process."""
+    return list(_adapters.get(connection, ()))

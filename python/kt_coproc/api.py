@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import adapter, client, distributed, errors, experts, fingerprint, remote
+from . import _autoload, connection, errors, experts, job, patching, same_model, swap
 from .adapter import Binding
-from .client import Client
+from .connection import Client
+from .placeholder import lora_tensor
+from .wire import GRAD
 
 _WORLD: Any = object()
 
@@ -27,7 +28,8 @@ def connect(address: str | None = None) -> Client:
     Raises:
         CoprocError: no daemon there, it is still loading, or the address is invalid (it is quoted).
     """
-    return client.open_client(address)
+    _install()
+    return connection.open_client(address)
 
 
 def stats(client: Client | None = None) -> dict[str, Any]:
@@ -36,7 +38,8 @@ def stats(client: Client | None = None) -> dict[str, Any]:
 
 
 def default() -> Client:
-    return client.default_client()
+    _install()
+    return connection.default_client()
 
 
 def attach(model: nn.Module, client: Client | None = None) -> nn.Module:
@@ -56,7 +59,7 @@ def attach(model: nn.Module, client: Client | None = None) -> nn.Module:
         CoprocError: there is nothing to attach, or the experts compute something the daemon does not.
     """
     client = client or default()
-    if not experts.routed_experts(model):
+    if not swap.routed_experts(model):
         if experts.remote_modules(model):
             return model  # KT_COPROC was set, or this is the second call.
         raise errors.refusal(
@@ -71,61 +74,13 @@ def attach(model: nn.Module, client: Client | None = None) -> nn.Module:
             "call kt_coproc.attach(model) before get_peft_model",
         )
     path = str(getattr(getattr(model, "config", None), "name_or_path", ""))
-    files = checkpoint_files(path)
-    require_same_model(client, type(model).__name__, path, files)
-    _require_loaded_from(model, path, files)
+    files = same_model.checkpoint_files(path)
+    same_model.require_same_model(client, type(model).__name__, path, files)
+    same_model.require_loaded_from(model, path, files)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    experts.swap(model, Binding(client))
-    experts.add_placeholders(model, dtype)
+    swap.swap(model, Binding(client))
+    swap.add_placeholders(model, dtype)
     return model
-
-
-def _require_loaded_from(model: nn.Module, directory: str, files: list[str]) -> None:
-    """A model that was built from a config, or trained, has the checkpoint's name and not its weights."""
-    rows = fingerprint.first_rows(files)
-    dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    for name, module in experts.routed_experts(model):
-        layer = experts.layer_number(name)
-        weights = getattr(module, "gate_up_proj", None)
-        if weights is None or layer not in rows or rows[layer][0] not in dtypes:
-            continue  # swap() says what is wrong with it.
-        expected = torch.frombuffer(bytearray(rows[layer][1]), dtype=dtypes[rows[layer][0]]).to(weights.dtype)
-        expert = fingerprint.sampled_expert(layer, weights.shape[0])
-        if weights.is_meta or not torch.equal(weights[expert, 0].detach().cpu(), expected):
-            raise errors.refusal(
-                f"the experts {name} of this {type(model).__name__} are not the co-process's",
-                f"their weights differ from those in {directory}",
-                "attach a model right after from_pretrained of the daemon's checkpoint",
-                errors.CoprocModelMismatch,
-            )
-
-
-def checkpoint_files(directory: str) -> list[str]:
-    """The safetensors files in a checkpoint's directory, as transformers would resolve them."""
-    single = os.path.join(directory, "model.safetensors")
-    if os.path.isfile(single):
-        return [single]
-    if not os.path.isdir(directory):
-        return []
-    names = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
-    return [os.path.join(directory, name) for name in names]
-
-
-def require_same_model(client: Client, what: str, directory: str, files: list[str]) -> None:
-    """Raises CoprocModelMismatch, naming both, unless the files are the daemon's model."""
-    served = client.connection.model
-    ours = fingerprint.fingerprint(directory, files)
-    if ours == served["fingerprint"]:
-        return
-    mine = "no fingerprint (not a checkpoint a co-process could serve)" if ours is None else f"fingerprint {ours[:16]}…"
-    raise errors.refusal(
-        f"{what} from {directory or 'no directory'} is not the model that the co-process serves",
-        f"it has {mine}; the daemon serves {served['architecture']} from {served['path']}, "
-        f"fingerprint {served['fingerprint'][:16]}…",
-        f"run `kt-coproc run --model {directory or 'DIR'}`, or set KT_COPROC_OTHER_MODELS=plain to run other models "
-        "in this process",
-        errors.CoprocModelMismatch,
-    )
 
 
 def join(process_group: Any = _WORLD) -> None:
@@ -139,10 +94,9 @@ def join(process_group: Any = _WORLD) -> None:
         Disagreement: the ranks' adapters differ, or gradients or activations are pending.
         CoprocError: torch.distributed is not initialised.
     """
-    connections = client.live_connections() or [default().connection]
-    for connection in connections:
+    for session in connection.live_connections() or [default().connection]:
         if process_group is None:
-            connection.solo = True
+            session.solo = True
             continue
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise errors.refusal(
@@ -150,7 +104,7 @@ def join(process_group: Any = _WORLD) -> None:
                 "no process group is initialised",
                 "call torch.distributed.init_process_group() first",
             )
-        distributed.join(connection, None if process_group is _WORLD else process_group)
+        job.join(session, None if process_group is _WORLD else process_group)
 
 
 def expert_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -166,7 +120,13 @@ def expert_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     found = {}
     for name, parameter in model.named_parameters():
-        tensor = remote.lora_tensor(parameter)
+        tensor = lora_tensor(parameter)
         if tensor is not None:
-            found[name] = tensor.read(adapter.GRAD)
+            found[name] = tensor.read(GRAD)
     return found
+
+
+def _install() -> None:
+    """What scripts do with remote experts goes through the hooks, also where KT_COPROC is not set."""
+    _autoload.install()
+    patching.raise_failure()

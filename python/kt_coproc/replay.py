@@ -11,9 +11,7 @@ experts, but on another branch, saved a tensor). Then there is nothing to fetch 
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -106,21 +104,3 @@ def record(layer: int, shape: tuple[int, ...], output: torch.Tensor, ticket: tor
     for replay in _stack():
         if not replay.replaying:
             replay.record(recorded)
-
-
-def wrap_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.utils.checkpoint.checkpoint, with the function it is given wrapped."""
-
-    @functools.wraps(original)
-    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return original(function, *args, **kwargs)
-        replay = Replay()
-
-        def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with replay:
-                return function(*inner_args, **inner_kwargs)
-
-        return original(run, *args, **kwargs)
-
-    return checkpoint

@@ -72,7 +72,8 @@ assert "torch" not in sys.modules, "importing the package imported torch"
 import torch, torch.utils.checkpoint
 import transformers.modeling_utils as mu, peft.tuners.lora.layer as layer, accelerate.accelerator as acc
 loaded = sorted(name for name in sys.modules if name.startswith("kt_coproc"))
-assert loaded == ["kt_coproc", "kt_coproc._autoload", "kt_coproc.errors"], loaded
+light = [f"kt_coproc.{name}" for name in ("_autoload", "environment", "errors", "patching")]
+assert loaded == ["kt_coproc", *light], loaded
 assert not any(type(finder).__module__.startswith("kt_coproc") for finder in sys.meta_path)
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 assert not _global_optimizer_pre_hooks
@@ -89,7 +90,7 @@ print("inert")
 ORDERS = [
     "transformers.modeling_utils",
     "accelerate.accelerator",
-    "kt_coproc.client",
+    "kt_coproc.connection",
     pytest.param("torch", marks=pytest.mark.slow),
     pytest.param("peft", marks=pytest.mark.slow),
     pytest.param("accelerate", marks=pytest.mark.slow),
@@ -105,8 +106,8 @@ import {first}
 import torch, transformers, peft, accelerate, torch.distributed.fsdp
 import transformers.modeling_utils as mu, peft.tuners.lora.layer as layer, accelerate.accelerator as acc
 from transformers.models.qwen3_moe import modeling_qwen3_moe
-from kt_coproc import _autoload
-assert _autoload.failure is None, _autoload.failure
+from kt_coproc import patching
+assert patching.failure is None, patching.failure
 touched = [torch.optim.Optimizer.zero_grad, torch.nn.Module.zero_grad, torch.nn.utils.clip_grad_norm_,
            torch.utils.checkpoint.checkpoint, mu.checkpoint, torch.nn.parallel.DistributedDataParallel.__init__,
            mu.PreTrainedModel.from_pretrained.__func__, mu.PreTrainedModel.post_init, layer.ParamWrapper.forward,

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from .. import errors, remote
+from .. import errors, scopes
 from ..experts import remote_modules
-from .patching import Function, wrap
+from ..patching import Function, wrap
+from ..placeholder import is_remote
 
 
 def patch(accelerator: ModuleType) -> None:
@@ -30,13 +31,13 @@ def _fsdp2_prepare_model(original: Function) -> Function:
             (module, name, parameter)
             for module in model.modules()
             for name, parameter in module._parameters.items()
-            if remote.is_remote(parameter)
+            if is_remote(parameter)
         ]
         if not places:
             return original(accelerator, model, *args, **kwargs)
         # cpu_ram_efficient_loading moves the model to meta and broadcasts a state_dict of DTensors: remote parameters
         # take no part in it, and come back as they were.
-        with remote.hidden_from_state_dicts():
+        with scopes.hidden_from_state_dicts():
             result = original(accelerator, model, *args, **kwargs)
         for module, name, parameter in places:
             module._parameters[name] = parameter
@@ -47,7 +48,7 @@ def _fsdp2_prepare_model(original: Function) -> Function:
 
 def _with_names_for_pointers(original: Function) -> Function:
     def _prepare_fsdp2(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with remote.pointers_are_names():
+        with scopes.pointers_are_names():
             return original(self, *args, **kwargs)
 
     return _prepare_fsdp2

@@ -9,9 +9,7 @@ daemon's.
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from . import errors
-from .adapter import HalfSpec, LoraTensor
+from . import errors, scopes
+from .adapter import LoraTensor
 
 aten = torch.ops.aten
 
@@ -37,36 +35,6 @@ class FrozenWeight:
 
 
 Source = LoraTensor | FrozenWeight
-
-_pointers_are_names = False
-_hidden = False
-
-
-@contextlib.contextmanager
-def pointers_are_names() -> Iterator[None]:
-    """Inside, data_ptr() of a placeholder is a number that names it: accelerate's FSDP2 code looks parameters up by it.
-    Outside it raises, because somebody is about to read memory there."""
-    global _pointers_are_names
-    before, _pointers_are_names = _pointers_are_names, True
-    try:
-        yield
-    finally:
-        _pointers_are_names = before
-
-
-@contextlib.contextmanager
-def hidden_from_state_dicts() -> Iterator[None]:
-    """Inside, state_dict() and load_state_dict() leave remote parameters out: accelerate broadcasts sharded ones."""
-    global _hidden
-    before, _hidden = _hidden, True
-    try:
-        yield
-    finally:
-        _hidden = before
-
-
-def are_hidden() -> bool:
-    return _hidden
 
 
 class RemoteTensor(torch.Tensor):
@@ -125,7 +93,7 @@ class RemoteTensor(torch.Tensor):
         return func(*plain_args, **plain_kwargs)
 
     def data_ptr(self) -> int:
-        if not _pointers_are_names:
+        if not scopes.are_pointers_names():
             raise errors.weights_are_remote("the memory of an expert parameter was asked for")
         return -id(self.source)  # Unique and stable; never a real address.
 
@@ -254,75 +222,3 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.zeros_like.default: _zeros,
     aten.copy_.default: _copy,
 }
-
-
-class RemoteLinear(nn.Linear):
-    """PEFT's lora_A or lora_B of an experts module. Made by changing the class of the nn.Linear that PEFT made."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        raise errors.refusal(
-            "an expert adapter's matrix was called as a layer",
-            "expert LoRA is computed in the co-process, as part of its experts module",
-            "call the model, or its experts module",
-        )
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' own adapter loading assigns Parameters, it does not call load_state_dict().
-        if name == "weight" and isinstance(value, torch.Tensor) and not isinstance(value, RemoteTensor):
-            self._receive(value)
-        else:
-            super().__setattr__(name, value)
-
-    def _receive(self, values: torch.Tensor) -> None:
-        self.weight.push(values)
-        if self.weight.is_meta and not values.is_meta:  # PEFT's low_cpu_mem_usage: loading gives it a device.
-            source, requires_grad = self.weight.source, self.weight.requires_grad
-            self._parameters["weight"] = placeholder(
-                self.weight.shape, values.dtype, values.device, source, requires_grad
-            )
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not _hidden:
-            destination[prefix + "weight"] = self.weight.real()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        if _hidden:
-            return
-        values = state_dict.get(prefix + "weight")
-        if values is None:
-            if strict:
-                missing_keys.append(prefix + "weight")
-        elif values.shape != self.weight.shape:
-            error_msgs.append(
-                f"size mismatch for {prefix}weight: copying a param with shape {tuple(values.shape)} from checkpoint, "
-                f"the shape in current model is {tuple(self.weight.shape)}."
-            )
-        else:
-            self._receive(values.real() if isinstance(values, RemoteTensor) else values)
-
-
-def take_over(linear: nn.Linear, tensor_of: Callable[[torch.Size, torch.Tensor | None], LoraTensor]) -> None:
-    """Turns an nn.Linear with values into a RemoteLinear without. tensor_of(shape, float32 CPU values or None) makes
-    the tensor that gets the values."""
-    weight = linear.weight
-    values = None if weight.is_meta else weight.detach().to("cpu", torch.float32, copy=True)
-    device = weight.device
-    source = tensor_of(weight.shape, values)
-    linear.__class__ = RemoteLinear
-    # Not setattr: PEFT's init_empty_weights (low_cpu_mem_usage) patches register_parameter and would rebuild the class.
-    linear._parameters["weight"] = placeholder(weight.shape, weight.dtype, device, source, weight.requires_grad)
-
-
-def half_spec(r: int, scaling: float) -> HalfSpec:
-    if not (r > 0 and math.isfinite(scaling)):
-        raise ValueError(f"LoRA rank {r} with scaling {scaling} is not a usable adapter")
-    return HalfSpec(int(r), float(scaling))

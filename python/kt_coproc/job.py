@@ -1,4 +1,4 @@
-"""Several ranks: who belongs to the job, and gradients of several daemons (nodes).
+"""Several ranks: how they join, and gradients of several daemons (nodes).
 
 A session is a job of one until the model is wrapped by DDP or FSDP2, exactly as torch's parameters are: wrapping joins
 the sessions of the process group's ranks. Then one daemon sums the gradients of its ranks by itself; sums of several
@@ -7,65 +7,25 @@ daemons are added with torch.distributed, by the lowest rank of each.
 
 from __future__ import annotations
 
-import os
 import uuid
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from . import environment
+from .adapter import Adapter, adapters_of
+from .connection import Connection
 from .errors import Disagreement, refusal
+from .membership import Membership, from_lowest
+from .wire import EXP_AVG, EXP_AVG_SQ, GRAD
 
-if TYPE_CHECKING:
-    from .adapter import Adapter, LoraTensor
-    from .client import Connection
-
-_GRAD = 1  # shm::TensorKind.
-_MOMENTS = (2, 3)
 _DEFAULT_TIMEOUT = timedelta(minutes=30)
 _HOW_TO_JOIN = (
     "wrap the model in DistributedDataParallel (without GPUs: TrainingArguments(use_cpu=True) or "
     "ACCELERATE_USE_CPU=true), or call kt_coproc.join(); kt_coproc.join(None) trains every rank alone"
 )
-
-
-@dataclass(frozen=True)
-class Membership:
-    """The job a session has joined.
-
-    Attributes:
-        ranks: global ranks of the process group's members.
-        rank: this one, by its number in the group.
-        members: those that use this rank's daemon, by their numbers in the group.
-        leaders: the lowest global rank of every daemon, ascending.
-        leader_group: the leaders' process group; None with one daemon, and on ranks that are no leaders.
-    """
-
-    ranks: tuple[int, ...]
-    rank: int
-    members: tuple[int, ...]
-    leaders: tuple[int, ...]
-    leader_group: Any | None
-
-    @property
-    def world_size(self) -> int:
-        return len(self.ranks)
-
-    @property
-    def is_lowest(self) -> bool:
-        """Of this daemon's members."""
-        return self.rank == self.members[0]
-
-    @property
-    def alone(self) -> bool:
-        """Whether nobody else of the job uses this daemon."""
-        return len(self.members) == 1
-
-    @property
-    def several_daemons(self) -> bool:
-        return len(self.leaders) > 1
 
 
 def world_size(connection: Connection) -> int:
@@ -82,7 +42,7 @@ def launched_without_process_group(connection: Connection) -> bool:
     one."""
     if connection.membership is not None or connection.solo:
         return False
-    return not _initialized() and int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return not _initialized() and environment.world_size() > 1
 
 
 def require_membership(connection: Connection, action: str) -> None:
@@ -93,10 +53,10 @@ def require_membership(connection: Connection, action: str) -> None:
         size = dist.get_world_size()
         why = f"torch.distributed has {size} ranks, but this rank's model was never joined with the others"
     elif launched_without_process_group(connection):
-        why = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed is not initialised in this process"
+        why = f"WORLD_SIZE is {environment.world_size()}, but torch.distributed is not initialised in this process"
     else:
         return
-    raise refusal(f"{action} of expert adapters refused on rank {os.environ.get('RANK', '?')}", why, _HOW_TO_JOIN)
+    raise refusal(f"{action} of expert adapters refused on rank {environment.rank()}", why, _HOW_TO_JOIN)
 
 
 def group_timeout(group: Any) -> float:
@@ -145,7 +105,7 @@ def join(connection: Connection, group: Any | None) -> None:
     if len(leaders) > 1 and ranks[rank] in leaders:
         # gloo: what is exchanged lies in host memory.
         leader_group = dist.new_group(list(leaders), backend="gloo", use_local_synchronization=True)
-    name = os.environ.get("KT_COPROC_JOB", "")
+    name = environment.job_name()
     job_id = gathered[0][0]
     connection.session.join(job_id, name, rank, len(ranks), members, group_timeout(group))
     connection.membership = Membership(ranks, rank, members, leaders, leader_group)
@@ -155,7 +115,7 @@ def join(connection: Connection, group: Any | None) -> None:
 
 
 def _created(connection: Connection) -> list[Adapter]:
-    return sorted((a for a in connection.adapters if a.id is not None), key=lambda adapter: adapter.required_id)
+    return sorted((a for a in adapters_of(connection) if a.id is not None), key=lambda adapter: adapter.required_id)
 
 
 def _broadcast(membership: Membership, adapter: Adapter) -> None:
@@ -164,27 +124,12 @@ def _broadcast(membership: Membership, adapter: Adapter) -> None:
         for tensor in adapter.tensors():
             if not adapter.is_created(tensor.layer):
                 continue
-            tensor.send(_from_lowest(membership, tensor.read()))
-            steps = int(_from_lowest(membership, torch.tensor([float(tensor.t)])).item())
+            tensor.send(from_lowest(membership, tensor.read()))
+            steps = int(from_lowest(membership, torch.tensor([float(tensor.t)])).item())
             tensor.write_t(steps)
-            for kind in _MOMENTS if steps else ():
-                tensor.send(_from_lowest(membership, tensor.read(kind)), kind)
+            for kind in (EXP_AVG, EXP_AVG_SQ) if steps else ():
+                tensor.send(from_lowest(membership, tensor.read(kind)), kind)
     adapter.session.barrier(adapter.required_id)
-
-
-def _from_lowest(membership: Membership, values: torch.Tensor) -> torch.Tensor:
-    dist.broadcast(values, src=membership.leaders[0], group=membership.leader_group)
-    return values
-
-
-def lowest_values(membership: Membership, tensor: LoraTensor, values: torch.Tensor | None) -> torch.Tensor | None:
-    """What this rank has to write into a tensor that was just created: the lowest rank's values, by the lowest rank of
-    each daemon; None: nothing."""
-    if not membership.is_lowest:
-        return None
-    if membership.leader_group is None:
-        return values
-    return _from_lowest(membership, torch.zeros(tensor.shape) if values is None else values)
 
 
 def reduce_gradients(adapter: Adapter) -> None:
@@ -195,7 +140,7 @@ def reduce_gradients(adapter: Adapter) -> None:
     adapter.session.barrier(adapter.required_id)
     if membership.leader_group is not None:
         for tensor in adapter.tensors():  # One at a time: the memory of one, not of all.
-            gradient = tensor.read(_GRAD)
+            gradient = tensor.read(GRAD)
             dist.all_reduce(gradient, group=membership.leader_group)
-            tensor.send(gradient, _GRAD)
+            tensor.send(gradient, GRAD)
     adapter.reduced = True

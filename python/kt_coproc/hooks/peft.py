@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import errors, remote
+from .. import errors, lora_linear
 from ..adapter import PARAMETER_NAMES, SIDE_A, SIDE_B, Adapter
 from ..experts import RemoteExperts, without_compilation
-from .patching import Function, wrap
+from ..patching import Function, wrap
+from ..placeholder import lora_tensor
 
 
 def patch_layer(layer: ModuleType) -> None:
@@ -44,14 +45,14 @@ def _update_layer(original: Function) -> Function:
         if experts is None:
             return
         layer, half = experts._kt_layer, PARAMETER_NAMES[self.parameter_name]
-        spec = remote.half_spec(self.r[adapter_name], self.scaling[adapter_name])
+        spec = lora_linear.half_spec(self.r[adapter_name], self.scaling[adapter_name])
         adapter = experts._kt_binding.adapter_for(adapter_name, layer, half)
         for side, linears in ((SIDE_A, self.lora_A), (SIDE_B, self.lora_B)):
 
             def tensor_of(shape: torch.Size, values: torch.Tensor | None, side: str = side) -> Any:
                 return adapter.add(layer, half, side, spec, shape, values)
 
-            remote.take_over(linears[adapter_name], tensor_of)
+            lora_linear.take_over(linears[adapter_name], tensor_of)
         if adapter.is_complete(layer):
             adapter.ensure([layer])  # At once: the values of one layer in this process, not of all.
 
@@ -115,7 +116,7 @@ def _forward(original: Function) -> Function:
 def _checked(name: str, wrappers: dict[str, Any], experts: RemoteExperts) -> tuple[Adapter, bool]:
     """The daemon's adapter that these wrappers stand for, and whether any of its tensors wants a gradient."""
     weights = [w for wrapper in wrappers.values() for w in (wrapper.lora_A[name].weight, wrapper.lora_B[name].weight)]
-    tensors = [remote.lora_tensor(weight) for weight in weights]
+    tensors = [lora_tensor(weight) for weight in weights]
     adapters = {tensor.adapter for tensor in tensors if tensor is not None}
     if len(adapters) != 1 or None in tensors:
         raise errors.refusal(

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from .. import _autoload, api, errors, experts, replay
+from .. import environment, errors, same_model, swap
 from ..adapter import Binding
-from ..client import default_client
-from .patching import Function, wrap
+from ..connection import default_client
+from ..experts import remote_modules
+from ..patching import Function, raise_failure, wrap
+from .torch_checkpoint import wrap_checkpoint
 
 # Tensors of the checkpoint that a swapped model does not want; its loader must not complain.
 _EXPERT_KEYS = r"layers\.\d+\..*experts\.(gate_up_proj|down_proj|\d+\.)"
@@ -49,7 +51,7 @@ class _Loading:
         Raises:
             CoprocError: no daemon; CoprocModelMismatch: another model than the daemon's.
         """
-        if self._plain or self.files is None or not _autoload.configured() or not experts.routed_experts(model):
+        if self._plain or self.files is None or not environment.configured() or not swap.routed_experts(model):
             return  # Dense, built from a config, or the hooks are here because of an explicit connect().
         if self._binding is None:
             client = default_client()
@@ -61,14 +63,14 @@ class _Loading:
                 )
             directory = os.path.dirname(self.files[0]) if self.files else ""
             try:
-                api.require_same_model(client, type(model).__name__, directory, self.files)
+                same_model.require_same_model(client, type(model).__name__, directory, self.files)
             except errors.CoprocModelMismatch:
-                if os.environ.get("KT_COPROC_OTHER_MODELS") != "plain":
+                if not environment.other_models_are_plain():
                     raise
                 self._plain = True
                 return
             self._binding = Binding(client)
-        experts.swap(model, self._binding)
+        swap.swap(model, self._binding)
 
 
 def patch(modeling_utils: ModuleType) -> None:
@@ -76,7 +78,7 @@ def patch(modeling_utils: ModuleType) -> None:
     that Trainer and PEFT look at, and collides with real quantisation."""
     model_class = modeling_utils.PreTrainedModel
     # Bound by `from torch.utils.checkpoint import checkpoint`; wrapped already unless it was imported before us.
-    wrap(modeling_utils, "checkpoint", replay.wrap_checkpoint)
+    wrap(modeling_utils, "checkpoint", wrap_checkpoint)
     wrap(modeling_utils, "_get_resolved_checkpoint_files", _resolved)
     wrap(model_class, "post_init", _post_init)
     wrap(model_class, "save_pretrained", _save_pretrained)
@@ -88,12 +90,12 @@ def patch(modeling_utils: ModuleType) -> None:
 def _from_pretrained(original: Function) -> Function:
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if _autoload.configured():
-            _autoload.raise_failure()
+        if environment.configured():
+            raise_failure()
         with _Loading(kwargs):
             result = original(cls, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
-        experts.add_placeholders(model, model.dtype)
+        swap.add_placeholders(model, model.dtype)
         return result
 
     return from_pretrained
@@ -117,7 +119,7 @@ def _post_init(original: Function) -> Function:
         if loading is not None:
             loading.swap(self)
         original(self, *args, **kwargs)
-        if experts.remote_modules(self):
+        if remote_modules(self):
             self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | {
                 _EXPERT_KEYS
             }
@@ -127,7 +129,7 @@ def _post_init(original: Function) -> Function:
 
 def _load_adapter(original: Function) -> Function:
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        experts.add_placeholders(self, self.dtype)
+        swap.add_placeholders(self, self.dtype)
         return original(self, *args, **kwargs)
 
     return load_adapter
@@ -136,7 +138,7 @@ def _load_adapter(original: Function) -> Function:
 def _save_pretrained(original: Function) -> Function:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         # With adapters that transformers manages, only those are written.
-        if experts.remote_modules(self) and not getattr(self, "_hf_peft_config_loaded", False):
+        if remote_modules(self) and not getattr(self, "_hf_peft_config_loaded", False):
             raise errors.weights_are_remote(f"{type(self).__name__}.save_pretrained({str(save_directory)!r}) refused")
         return original(self, save_directory, *args, **kwargs)
 

@@ -16,15 +16,12 @@ import os
 import threading
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from . import _autoload, errors
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
-    from .distributed import Membership
+from . import environment, errors
+from .membership import Membership
 
 _lock = threading.RLock()
 _connections: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
@@ -61,19 +58,14 @@ class Connection:
         model: what the daemon serves (see _native.Session.model).
         membership: the job's ranks, once joined.
         solo: `join(None)` was called: this rank trains alone on purpose.
-        adapters: the adapters of this session that exist in this process.
     """
 
     def __init__(self, address: str) -> None:
-        # What scripts do with remote experts goes through the hooks, also where KT_COPROC is not set.
-        _autoload.install()
-        _autoload.raise_failure()
         self.address = address
-        self.session = _extension().Session(address, "", os.environ.get("KT_COPROC_JOB", ""))
+        self.session = _extension().Session(address, "", environment.job_name())
         self.model: dict[str, Any] = self.session.model
         self.membership: Membership | None = None
         self.solo = False
-        self.adapters: weakref.WeakSet[Adapter] = weakref.WeakSet()
         self._num_adapters = 0
         self._doomed: collections.deque[int] = collections.deque()
 
@@ -146,15 +138,9 @@ class Client:
         self.close()
 
 
-def configured_address() -> str:
-    """KT_COPROC, or "auto" where it is not set."""
-    address = os.environ.get("KT_COPROC", "")
-    return "auto" if address in ("", "off") else address
-
-
 def open_client(address: str | None = None) -> Client:
     """A new handle on the process's session with the daemon at `address`; connects at the first call."""
-    address = address or configured_address()
+    address = address or environment.address()
     with _lock:
         connection = _connections.get(address)
         if connection is None:
