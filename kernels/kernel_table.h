@@ -167,7 +167,7 @@ struct KernelTable {
   // weighting, weight[m]:
   //   grad_weight[i/32, m] (ldw) = Σ p·z over each 32 columns (fp32, in a fixed order; the caller adds them up),
   //   z[m, i] = round(silu(G)·U) unless null,
-  //   grad_gate_up[m, 2·i] = round(dG), round(dU) interleaved, of dZ = weight·p (DESIGN §6); may be `saved` itself.
+  //   grad_gate_up[m, 2·i] = round(dG), round(dU) interleaved, of dZ = weight·p; may be `saved` itself.
   void (*swiglu_backward)(const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
                           std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
                           std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);

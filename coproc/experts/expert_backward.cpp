@@ -108,7 +108,7 @@ void ExpertCompute::State::grad_x(const Pass& pass, Block& block, Range panels, 
   });
 }
 
-// S of one tensor of one expert, over rows of a block (DESIGN §6).
+// S of one tensor of one expert, over rows of a block: ARCHITECTURE.md, dA and dB.
 void ExpertCompute::State::accumulate(const Pass& pass, const Block& block, Range rows, AdapterTensor which) const {
   LoraLayer& lora = *pass.accumulate_to;
   const LoraLayer::Tensor& tensor = lora.tensor(which);

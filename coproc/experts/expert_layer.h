@@ -1,4 +1,4 @@
-// Forward and backward of one MoE layer's experts over a batch of requests (DESIGN §6).
+// Forward and backward of one MoE layer's experts over a batch of requests: the formulas of ARCHITECTURE.md.
 //
 //   routes grouped by expert → gather X → [X·Aᵀ] → gate/up (+LoRA) → SwiGLU → [Z·Adᵀ] → down (+LoRA) → sum per token
 #pragma once

@@ -1,4 +1,4 @@
-// What one forward or backward moves beyond L2, stage by stage (DESIGN §7). Nothing is measured: shapes, routing and
+// What one forward or backward moves beyond L2, stage by stage. Nothing is measured: shapes, routing and
 // number of workers decide, so the account is the same on every machine with the same kernel table and says what a
 // larger one would wait for. Beside it, measured: the workers' time.
 //

@@ -46,7 +46,9 @@ def tests_off_the_map(root: pathlib.Path, files: list[str]) -> list[str]:
     """Tests that tests/README.md does not name."""
     tests = [file for file in files if re.match(r"tests/.*(_test\.cpp|/test_\w+\.py)$", file)]
     text = (root / "tests/README.md").read_text()
-    return [f"{test}: tests/README.md does not say what it proves" for test in tests if test[len("tests/") :] not in text]
+    return [
+        f"{test}: tests/README.md does not say what it proves" for test in tests if test[len("tests/") :] not in text
+    ]
 
 
 def main(root: pathlib.Path) -> int:
