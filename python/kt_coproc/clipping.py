@@ -62,7 +62,7 @@ def _clip_here(
     norm_here: torch.Tensor, here: list[Any], max_norm: float, total: torch.Tensor, foreach: bool | None
 ) -> None:
     if hasattr(norm_here, "full_tensor"):
-        from torch.job.tensor import DTensor
+        from torch.distributed.tensor import DTensor
 
         mesh = norm_here.device_mesh
         torch.nn.utils.clip_grads_with_norm_(here, max_norm, DTensor.from_local(total, mesh), foreach)

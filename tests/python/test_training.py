@@ -62,7 +62,6 @@ def test_loop_with_two_ranks(runs: Runs, args: tuple) -> None:
         assert_same_tensors(f"{ours}.{rank}.pt", f"{theirs}.{rank}.pt", 1e-4)
 
 
-@pytest.mark.slow
 def test_fsdp2_with_two_ranks(runs: Runs) -> None:
     ours, theirs = runs.get("train_fsdp2.py", remote=True, ranks=2), runs.get("train_fsdp2.py", remote=False, ranks=2)
     for rank in range(2):
