@@ -16,9 +16,6 @@ namespace {
 using std::chrono::milliseconds;
 using Clock = std::chrono::steady_clock;
 
-constexpr milliseconds kAnswerTimeout{5000};
-constexpr milliseconds kStopTimeout{60000};  // The daemon promises 10 s; a large one's memory takes a while to free.
-
 void add_socket_option(CLI::App& app, std::string& socket) {
   // An empty one is a mistake, mostly of a shell variable, and no way to say "the usual places".
   const auto not_empty = [](const std::string& path) { return std::string(path.empty() ? "the path is empty" : ""); };

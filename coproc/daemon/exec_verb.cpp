@@ -28,8 +28,6 @@ namespace kt::coproc {
 namespace {
 
 constexpr std::size_t kSocketPathBytesMax = 107;
-constexpr std::chrono::seconds kStopTimeout{
-    60};  // The daemon promises 10 s; freeing a large one's memory takes longer.
 constexpr int kForwarded[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
 
 // The signals this process handles itself: blocked here, as they were in the children.

@@ -15,7 +15,6 @@
 namespace kt::coproc {
 namespace {
 
-constexpr std::chrono::milliseconds kAnswerTimeout{5000};
 constexpr std::chrono::milliseconds kPoll{200};
 constexpr std::chrono::milliseconds kLineInterval{2000};
 

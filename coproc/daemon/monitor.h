@@ -12,6 +12,11 @@
 
 namespace kt::coproc {
 
+// How long a daemon may take to answer a control packet.
+inline constexpr std::chrono::milliseconds kAnswerTimeout{5000};
+// How long it may take to end. It promises 10 s; freeing a large one's memory takes longer.
+inline constexpr std::chrono::milliseconds kStopTimeout{60000};
+
 class Monitor {
  public:
   // kNotFound: no daemon there. kTimeout: one is, and does not answer.

@@ -17,12 +17,10 @@
 namespace kt::coproc {
 namespace {
 
-using std::chrono::seconds;
-
 constexpr auto kTick = std::chrono::milliseconds(250);
-constexpr auto kSilenceMax = seconds(30);  // Until a new connection's first packet.
-constexpr auto kStoppingMax = seconds(9);  // The contract says 10 s from signal to exit.
-constexpr int kAcceptsPerEvent = 32;       // Then others get their turn.
+constexpr auto kSilenceMax = std::chrono::seconds(30);  // Until a new connection's first packet.
+constexpr auto kStoppingMax = std::chrono::seconds(9);  // The contract says 10 s from signal to exit.
+constexpr int kAcceptsPerEvent = 32;                    // Then others get their turn.
 constexpr const char* kDescriptorsFix = "raise the limit on open files: ulimit -n";
 
 // Tokens of epoll events. A connection has two: 2·id for its socket, 2·id + 1 for its pidfd.

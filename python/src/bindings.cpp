@@ -1,5 +1,5 @@
 // kt_coproc._native: what _native.pyi declares. Arguments are checked here; everything else is client::Session's.
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 #include <tuple>
