@@ -133,7 +133,8 @@ class _Loader(importlib.abc.Loader):
         self._name = name
 
     def create_module(self, spec: Any) -> ModuleType | None:
-        return self._inner.create_module(spec)
+        module: ModuleType | None = self._inner.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None

@@ -22,13 +22,16 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .connection import Client, Connection
 from .membership import lowest_values
 from .wire import DOWN_A, DOWN_B, FROZEN, GATE_A, GATE_B, NUM_TENSORS, PARAM, UP_B, T
+
+if TYPE_CHECKING:
+    from . import _native
 
 # Halves and sides, as PEFT has them.
 GATE_UP, DOWN = "gate_up", "down"
@@ -110,6 +113,10 @@ class LoraTensor:
             self.adapter.ensure()
         self.send(values, kind)
 
+    def discard(self) -> None:
+        """Sets the gradients of the whole adapter to zero."""
+        self.adapter.discard()
+
     def send(self, values: torch.Tensor, kind: int = PARAM) -> None:
         """write() of float32 CPU values to a layer that exists in the daemon."""
         num_experts, rows, columns = self._wire_shape()
@@ -117,7 +124,7 @@ class LoraTensor:
             parts = [values.reshape(num_experts, rows, columns)]
         else:
             per_expert = values.reshape(self.shape[0], columns, num_experts).permute(2, 0, 1)
-            parts = list(per_expert.split(rows, 1))
+            parts = list(torch.split(per_expert, rows, 1))
         for tensor, part in zip(self.wire_tensors, parts, strict=True):
             self.adapter.session.write(self.adapter.required_id, kind, self.layer, tensor, part.contiguous())
 
@@ -176,7 +183,7 @@ class Adapter:
         return self._connection
 
     @property
-    def session(self) -> Any:
+    def session(self) -> _native.Session:
         return self._connection.session
 
     @property

@@ -44,7 +44,7 @@ def clip_grad_norm(
         full = norm_here.full_tensor() if hasattr(norm_here, "full_tensor") else norm_here
         squared = sum(_squared_norm(adapter, chosen[adapter]) for adapter in in_order(chosen))
         norm_there = torch.tensor(squared**0.5, dtype=torch.float32, device=full.device)
-        total = torch.linalg.vector_norm(torch.stack([full.float(), norm_there]), 2.0)
+        total: torch.Tensor = torch.linalg.vector_norm(torch.stack([full.float(), norm_there]), 2.0)
         if error_if_nonfinite and not bool(torch.isfinite(total)):
             raise RuntimeError(
                 "The total norm of order 2.0 for gradients from `parameters` is non-finite, so it cannot be clipped."
@@ -64,10 +64,9 @@ def _clip_here(
     if hasattr(norm_here, "full_tensor"):
         from torch.distributed.tensor import DTensor
 
-        mesh = norm_here.device_mesh
-        torch.nn.utils.clip_grads_with_norm_(here, max_norm, DTensor.from_local(total, mesh), foreach)
-    else:
-        torch.nn.utils.clip_grads_with_norm_(here, max_norm, total, foreach)
+        assert isinstance(norm_here, DTensor)
+        total = DTensor.from_local(total, norm_here.device_mesh)
+    torch.nn.utils.clip_grads_with_norm_(here, max_norm, total, foreach)
 
 
 def _squared_norm(adapter: Adapter, tensors: dict[LoraTensor, int]) -> float:

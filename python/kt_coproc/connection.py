@@ -15,20 +15,23 @@ import collections
 import os
 import threading
 import weakref
-from types import TracebackType
-from typing import Any
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import environment, errors
 from .membership import Membership
 
+if TYPE_CHECKING:
+    from . import _native
+
 _lock = threading.RLock()
 _connections: weakref.WeakValueDictionary[str, Connection] = weakref.WeakValueDictionary()
 _default: Client | None = None
 
 
-def _extension() -> Any:
+def _extension() -> ModuleType:
     """The extension: loaded when the first connection is made, not when torch is imported."""
     try:
         from . import _native
@@ -62,7 +65,7 @@ class Connection:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.session = _extension().Session(address, "", environment.job_name())
+        self.session: _native.Session = _extension().Session(address, "", environment.job_name())
         self.model: dict[str, Any] = self.session.model
         self.membership: Membership | None = None
         self.solo = False

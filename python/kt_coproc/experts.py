@@ -24,7 +24,7 @@ def without_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
     return call
@@ -78,6 +78,7 @@ class RemoteExperts(nn.Module):
         ticket = replayed.ticket if replayed is not None else None
         recording = replay.recording()
         mode = REPLAY if ticket is not None else RECORD if recording else PLAIN
+        output: torch.Tensor
         output, kept = torch.ops.kt_coproc.experts(
             hidden_states,
             top_k_index,
@@ -104,7 +105,9 @@ class RemoteExperts(nn.Module):
         if anchor is None:
             anchor = torch.zeros((), device=device, requires_grad=True)
             if job.launched_without_process_group(connection):
-                anchor.register_hook(lambda gradient: job.require_membership(connection, "backward"))
+                anchor.register_hook(  # type: ignore[no-untyped-call]
+                    lambda gradient: job.require_membership(connection, "backward")
+                )
         return anchor
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -140,11 +143,16 @@ class RemoteExperts(nn.Module):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
+    def _kt_bind(self, binding: Binding, layer: int, shapes: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+        """Which experts this module stands for. shapes: of the parameters it had, by name."""
+        self._kt_binding, self._kt_layer, self._kt_shapes = binding, layer, shapes
+        self._is_hf_initialized = True  # transformers: nothing to initialise here.
+
     def _kt_register_placeholders(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
         for name, (shape, own_dtype) in self._kt_shapes.items():
             source = placeholder.FrozenWeight(self._kt_layer, name)
             parameter = placeholder.placeholder(shape, dtype or own_dtype, device, source, requires_grad=True)
-            parameter._is_hf_initialized = True  # transformers: nothing to initialise here.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             self.register_parameter(name, parameter)
 
 

@@ -63,7 +63,7 @@ def group_timeout(group: Any) -> float:
     """Seconds after which the group's own collectives give up."""
     for device in ("cpu", "cuda"):
         try:
-            timeout = group._get_backend(torch.device(device)).options._timeout
+            timeout: timedelta = group._get_backend(torch.device(device)).options._timeout
             return timeout.total_seconds()
         except (RuntimeError, AttributeError):
             continue

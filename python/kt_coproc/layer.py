@@ -34,7 +34,5 @@ class MoEExperts(RemoteExperts):
         self.num_experts = int(model["num_experts"])
         self.hidden_dim = int(model["hidden_size"])
         self.intermediate_dim = int(model["intermediate_size"])
-        self._kt_binding = Binding(client)
-        self._kt_layer = layer_idx
-        self._kt_shapes = expert_shapes(model, torch.get_default_dtype())
+        self._kt_bind(Binding(client), layer_idx, expert_shapes(model, torch.get_default_dtype()))
         self._kt_register_placeholders(torch.device("cpu"))

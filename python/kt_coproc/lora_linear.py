@@ -18,6 +18,12 @@ from .scopes import are_hidden
 class RemoteLinear(nn.Linear):
     """PEFT's lora_A or lora_B of an experts module. Made by changing the class of the nn.Linear that PEFT made."""
 
+    @property
+    def _remote(self) -> RemoteTensor:
+        weight = self._parameters["weight"]
+        assert isinstance(weight, RemoteTensor)
+        return weight
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         raise refusal(
             "an expert adapter's matrix was called as a layer",
@@ -33,16 +39,16 @@ class RemoteLinear(nn.Linear):
             super().__setattr__(name, value)
 
     def _receive(self, values: torch.Tensor) -> None:
-        self.weight.push(values)
-        if self.weight.is_meta and not values.is_meta:  # PEFT's low_cpu_mem_usage: loading gives it a device.
-            source, requires_grad = self.weight.source, self.weight.requires_grad
+        weight = self._remote
+        weight.push(values)
+        if weight.is_meta and not values.is_meta:  # PEFT's low_cpu_mem_usage: loading gives it a device.
             self._parameters["weight"] = placeholder(
-                self.weight.shape, values.dtype, values.device, source, requires_grad
+                weight.shape, values.dtype, values.device, weight.source, weight.requires_grad
             )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not are_hidden():
-            destination[prefix + "weight"] = self.weight.real()
+            destination[prefix + "weight"] = self._remote.fetch()
 
     def _load_from_state_dict(
         self,
@@ -66,7 +72,7 @@ class RemoteLinear(nn.Linear):
                 f"the shape in current model is {tuple(self.weight.shape)}."
             )
         else:
-            self._receive(values.real() if isinstance(values, RemoteTensor) else values)
+            self._receive(values.fetch() if isinstance(values, RemoteTensor) else values)
 
 
 def take_over(linear: nn.Linear, tensor_of: Callable[[torch.Size, torch.Tensor | None], LoraTensor]) -> None:

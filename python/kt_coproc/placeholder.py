@@ -3,6 +3,8 @@
     source is a LoraTensor    reads fetch from the daemon, in-place operations and assignments write to it
     source is a FrozenWeight  an expert's base weight: everything that would need its values raises
 
+Both have read(), write() and discard().
+
 `.grad` stays None, so torch's optimizers skip these parameters; their gradients and their optimizer state are the
 daemon's.
 """
@@ -21,6 +23,7 @@ from . import errors, scopes
 from .adapter import LoraTensor
 
 aten = torch.ops.aten
+_DATA: Any = torch.Tensor.data  # The attribute's descriptor.
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,15 @@ class FrozenWeight:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenWeight:
         return self  # A copied model uses the same experts.
+
+    def read(self) -> torch.Tensor:
+        raise errors.weights_are_remote(f"the values of {self.name} of layer {self.layer} are needed in this process")
+
+    def write(self, values: torch.Tensor) -> None:
+        raise errors.weights_are_remote(f"{self.name} of layer {self.layer} would be changed in this process")
+
+    def discard(self) -> None:
+        """There are no gradients of a base weight."""
 
 
 Source = LoraTensor | FrozenWeight
@@ -52,31 +64,24 @@ class RemoteTensor(torch.Tensor):
         tensor.source = source
         return tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def real(self) -> torch.Tensor:
-        """The values, fetched from the daemon. Raises CoprocError for a base weight."""
-        if not isinstance(self.source, LoraTensor):
-            raise errors.weights_are_remote(
-                f"the values of {self.source.name} of layer {self.source.layer} are needed in this process"
-            )
+    def fetch(self) -> torch.Tensor:
+        """The values, from the daemon. Raises CoprocError for a base weight."""
         return self.source.read().to("cpu" if self.device.type == "meta" else self.device, self.dtype)
 
     def push(self, values: torch.Tensor) -> None:
         """Replaces the values in the daemon."""
-        if not isinstance(self.source, LoraTensor):
-            raise errors.weights_are_remote(
-                f"{self.source.name} of layer {self.source.layer} would be changed in this process"
-            )
-        if values.is_meta:
-            return
-        self.source.write(values)
+        if not values.is_meta or isinstance(self.source, FrozenWeight):
+            self.source.write(values)
 
     def _like(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> RemoteTensor:
         return RemoteTensor(self.shape, dtype or self.dtype, device or self.device, self.source)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it as a function of no class.
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, list) and func._schema.name.startswith("aten::_foreach_"):
@@ -104,14 +109,15 @@ class RemoteTensor(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        return torch.Tensor.data.__get__(self)
+        values: torch.Tensor = _DATA.__get__(self)
+        return values
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
         if isinstance(values, RemoteTensor) and values.source is self.source:
-            torch.Tensor.data.__set__(self, values)  # A cast or a move of the same parameter.
+            _DATA.__set__(self, values)  # A cast or a move of the same parameter.
         else:
-            self.push(values.real() if isinstance(values, RemoteTensor) else values)
+            self.push(values.fetch() if isinstance(values, RemoteTensor) else values)
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -126,21 +132,21 @@ class RemoteTensor(torch.Tensor):
                 "gradients of the routed experts are summed in the co-process",
                 "use backward(); kt_coproc.expert_gradients(model) shows them",
             )
-        if isinstance(self.source, LoraTensor):
-            self.source.adapter.discard()
+        self.source.discard()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteTensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         import copy
 
-        if id(self) not in memo:
+        new: nn.Parameter | None = memo.get(id(self))
+        if new is None:
             source = copy.deepcopy(self.source, memo)
-            memo[id(self)] = placeholder(self.shape, self.dtype, self.device, source, self.requires_grad)
-        return memo[id(self)]
+            memo[id(self)] = new = placeholder(self.shape, self.dtype, self.device, source, self.requires_grad)
+        return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise errors.weights_are_remote("a parameter of the routed experts cannot be pickled or saved")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"RemoteTensor({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
@@ -161,7 +167,7 @@ def placeholder(
 
 
 def _plain(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.real() if isinstance(leaf, RemoteTensor) else leaf, tree)
+    return tree_map(lambda leaf: leaf.fetch() if isinstance(leaf, RemoteTensor) else leaf, tree)
 
 
 def _is_in_place(func: Any) -> bool:
@@ -179,7 +185,7 @@ def _in_place(func: Any, target: RemoteTensor, args: Any, kwargs: Any) -> Remote
 def _foreach(func: Any, args: Any, kwargs: Any) -> Any:
     """A _foreach_ operation with remote tensors among real ones: one by one."""
     count = len(args[0])
-    results = []
+    results: list[Any] = []
     for i in range(count):
         one = [arg[i : i + 1] if isinstance(arg, (list, tuple)) and len(arg) == count else arg for arg in args]
         plain = _plain(one)
@@ -194,7 +200,7 @@ def _cast(tensor: RemoteTensor, **kwargs: Any) -> RemoteTensor:
 
 
 def _clone(tensor: RemoteTensor, **kwargs: Any) -> torch.Tensor:
-    return tensor._like() if isinstance(tensor.source, FrozenWeight) else tensor.real()
+    return tensor._like() if isinstance(tensor.source, FrozenWeight) else tensor.fetch()
 
 
 def _zeros(tensor: RemoteTensor, **kwargs: Any) -> torch.Tensor:
@@ -208,7 +214,7 @@ def _copy(target: RemoteTensor, values: torch.Tensor, non_blocking: bool = False
     if isinstance(values, RemoteTensor):
         if isinstance(target.source, FrozenWeight) and values.source is target.source:
             return target
-        values = values.real()
+        values = values.fetch()
     target.push(values.expand(target.shape))
     return target
 

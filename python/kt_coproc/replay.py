@@ -37,9 +37,8 @@ class Recorded:
 
 
 def _stack() -> list[Replay]:
-    if not hasattr(_local, "stack"):
-        _local.stack = []
-    return _local.stack
+    stack: list[Replay] = _local.__dict__.setdefault("stack", [])
+    return stack
 
 
 class Replay:

@@ -32,8 +32,14 @@ def _swapped(cls: type) -> type:
 
 def is_swappable(module: nn.Module) -> bool:
     """The layout of transformers v5: gate_up_proj and down_proj, stacked over experts."""
-    parameters = [module._parameters.get(name) for name in PARAMETER_NAMES]
-    return all(p is not None and p.dim() == 3 and not placeholder.is_remote(p) for p in parameters)
+    parameters = _stacked(module)
+    stacked = all(p.dim() == 3 and not placeholder.is_remote(p) for p in parameters.values())
+    return stacked and len(parameters) == len(PARAMETER_NAMES)
+
+
+def _stacked(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those of gate_up_proj and down_proj that the module has."""
+    return {name: p for name in PARAMETER_NAMES if (p := module._parameters.get(name)) is not None}
 
 
 def routed_experts(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -88,9 +94,10 @@ def _differences(module: nn.Module, model: dict[str, Any]) -> list[str]:
         )
         if there
     ]
+    parameters = _stacked(module)
     for name, (shape, _) in expert_shapes(model, torch.float32).items():
-        if module._parameters[name].shape != shape:
-            found.append(f"{name} of shape {list(module._parameters[name].shape)}, the daemon serves {list(shape)}")
+        if parameters[name].shape != shape:
+            found.append(f"{name} of shape {list(parameters[name].shape)}, the daemon serves {list(shape)}")
     return found
 
 
@@ -115,13 +122,12 @@ def swap(model: nn.Module, binding: Binding) -> int:
             )
         modules.append((module, layer))
     for module, layer in modules:
-        parameters = {name: module._parameters[name] for name in PARAMETER_NAMES}
-        module._kt_shapes = {name: (p.shape, p.dtype) for name, p in parameters.items()}
+        parameters = _stacked(module)
         for name in parameters:
             del module._parameters[name]
-        module._kt_binding, module._kt_layer = binding, layer
-        module._is_hf_initialized = True
         module.__class__ = _swapped(type(module))
+        assert isinstance(module, RemoteExperts)
+        module._kt_bind(binding, layer, {name: (p.shape, p.dtype) for name, p in parameters.items()})
     return len(modules)
 
 

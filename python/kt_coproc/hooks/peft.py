@@ -102,13 +102,15 @@ def _forward(original: Function) -> Function:
         adapter, trainable = None, False
         for name, wrappers in active.items():
             adapter, trainable = _checked(name, wrappers, experts)
-        return experts(x, *args, kt_adapter=adapter, kt_trainable=trainable, **kwargs)
+        output: torch.Tensor = experts(x, *args, kt_adapter=adapter, kt_trainable=trainable, **kwargs)
+        return output
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         experts = _experts_of(self)
-        if experts is None:
-            return original(self, x, *args, **kwargs)
-        return remote_forward(self, experts, x, *args, **kwargs)
+        output: torch.Tensor = (
+            original(self, x, *args, **kwargs) if experts is None else remote_forward(self, experts, x, *args, **kwargs)
+        )
+        return output
 
     return forward
 

@@ -79,7 +79,7 @@ def _module_zero_grad(original: Function) -> Function:
 
 def _optimizer_state_dict(original: Function) -> Function:
     def state_dict(self: Optimizer, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        state = original(self, *args, **kwargs)
+        state: dict[str, Any] = original(self, *args, **kwargs)
         optimizer_state.export_state(self, state)
         return state
 

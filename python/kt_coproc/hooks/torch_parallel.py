@@ -79,9 +79,10 @@ def _ddp_init(original: Function) -> Function:
             module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
             if not any(p.requires_grad for name, p in module.named_parameters() if name not in ignored):
                 device = next((p.device for _, p in module.named_parameters()), torch.device("cpu"))
-                module.add_module("_kt_ddp_anchor", _Anchor(device))
+                anchor = _Anchor(device)
+                module.add_module("_kt_ddp_anchor", anchor)
                 for experts_module in modules:
-                    experts_module.use_anchor(module._kt_ddp_anchor.weight)
+                    experts_module.use_anchor(anchor.weight)
         original(self, module, *args, **kwargs)
 
     return __init__
