@@ -127,12 +127,12 @@ struct KernelTable {
 
   // The same into quantised panels. Null in tables of fp32 elements.
   void (*quantise)(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k, std::int64_t k_padded,
-                   std::int64_t num_panels, QuantFormat format, void* panels, std::int64_t stride);
+                   std::int64_t num_panels, QuantFormat format, void* panels, std::int64_t stride) = nullptr;
 
   // Columns [k_begin, k_begin + k_count) of all panels of w, multiples of 32, as panels of elements of k_count columns,
   // out_stride bytes apart and without pad. Null in tables of fp32 elements.
   void (*dequantise)(const QuantPanels& w, std::int64_t k_begin, std::int64_t k_count, void* out,
-                     std::int64_t out_stride);
+                     std::int64_t out_stride) = nullptr;
 
   // Panels q … q + count - 1 of Wᵀ, out_stride bytes apart and without pad: the 32 rows of panel q are columns 32q …
   // 32q + 31 of w, its k is 32·w.num_panels. `next` is fetched on the way.
@@ -148,7 +148,7 @@ struct KernelTable {
   // C = A · Wᵀ straight from the integers, for few rows: the same bits as dequantise, then gemm. It may read the first
   // line of a panel's pad, and fetch what lies behind the panels instead of `next`. Null in tables of fp32 elements.
   void (*quantised_gemm)(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c,
-                         std::int64_t ldc, const Fetch& next);
+                         std::int64_t ldc, const Fetch& next) = nullptr;
 
   // out[m, n] elements (ldo) = round(scale · in[m, n] f32 (ldi)).
   void (*round_rows)(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t n, float scale, void* out,

@@ -7,7 +7,13 @@
 //
 // The wrappers are our own: g++ 12's _tile_loadconfig declares 8 of the 64 bytes it reads and _tile_loadd none. Here a
 // configuration is an operand of its full size; the rows of a tile, `stride` bytes apart, are no single object, so
-// moves of tiles declare all of memory. No include guard: see kernels/README.md.
+// moves of tiles declare all of memory.
+#pragma once
+#include "kernels/amx/nest.inl"
+#include "kernels/avx512/transpose.inl"
+#include "kernels/generic/continued_gemm.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 constexpr std::int64_t kDepthMultiple = kStep;  // KernelTable::k_multiple
@@ -41,4 +47,7 @@ void multiply_all(const void* a, std::int64_t lda, std::int64_t m, const Panels&
   multiply(tile, {static_cast<const Element*>(a), lda, w, c, ldc, accumulate, next}, m);
 }
 
+constexpr auto gemm = continued_gemm<multiply_all>;
+
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -15,14 +15,19 @@
 // An element of C is C += TDPBF16PS of k = 32s … 32s + 31, s ascending, whatever the shape: C is fp32 in tiles and in
 // memory, so that neither row counts, nor panels, nor a K cut in blocks changes a bit.
 //
-// Tile offers configure, release, zero<t>, load<t>, store<t>, dot<c, a, b>. No include guard: see kernels/README.md.
+// Tile offers configure, release, zero<t>, load<t>, store<t>, dot<c, a, b>.
+#pragma once
+#include "kernels/generic/fetch.inl"
+#include "kernels/generic/panel.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 constexpr std::int64_t kTileRowsMax = 16;
-constexpr std::int64_t kTileBytes = 64;                           // of one row of a tile: 32 bf16 or 16 floats
-constexpr std::int64_t kStep = 32;                                // k of one TDPBF16PS
-constexpr std::int64_t kPanelLineBytes = 2 * kTileBytes;          // a pair of k of 32 rows: the stride of B tiles
-constexpr std::int64_t kStepBytes = kStep / 2 * kPanelLineBytes;  // one step of a panel
+constexpr std::int64_t kTileBytes = 64;                      // of one row of a tile: 32 bf16 or 16 floats
+constexpr std::int64_t kStep = 32;                           // k of one TDPBF16PS
+static_assert(kPairBytes == 2 * kTileBytes);                 // the stride of B tiles
+constexpr std::int64_t kStepBytes = kStep / 2 * kPairBytes;  // one step of a panel
 
 // What LDTILECFG reads (Intel SDM, "TILECFG register"). A tile of no rows has no bytes either.
 struct alignas(64) TileConfig {
@@ -106,14 +111,14 @@ void multiply_block(Tile& tile, const Product& p, std::int64_t row, BlockRows ro
   for (std::int64_t step = begin; step < end; ++step) {
     const Element* a = p.a + row * p.lda + step * kStep;
     const std::byte* b = p.w.data + panel * p.w.stride + step * kStepBytes;
-    tile.template load<6>(b, kPanelLineBytes);
+    tile.template load<6>(b, kPairBytes);
     tile.template load<4>(a, p.lda * 2);
     tile.template dot<0, 4, 6>();
     if constexpr (kTwo) {
       tile.template load<5>(a + rows.first * p.lda, p.lda * 2);
       tile.template dot<2, 5, 6>();  // the same B again: it is in place
     }
-    tile.template load<7>(b + kTileBytes, kPanelLineBytes);
+    tile.template load<7>(b + kTileBytes, kPairBytes);
     tile.template dot<1, 4, 7>();
     if constexpr (kTwo) tile.template dot<3, 5, 7>();
     fetcher.tick();
@@ -139,13 +144,13 @@ void multiply_strip(Tile& tile, const Product& p, std::int64_t row, std::int64_t
     const std::byte* b = p.w.data + panel * p.w.stride + step * kStepBytes;
     const std::byte* b_second = b + p.w.stride;
     tile.template load<4>(p.a + row * p.lda + step * kStep, p.lda * 2);
-    tile.template load<5>(b, kPanelLineBytes);
+    tile.template load<5>(b, kPairBytes);
     tile.template dot<0, 4, 5>();
-    tile.template load<6>(b + kTileBytes, kPanelLineBytes);
+    tile.template load<6>(b + kTileBytes, kPairBytes);
     tile.template dot<1, 4, 6>();
-    tile.template load<7>(b_second, kPanelLineBytes);
+    tile.template load<7>(b_second, kPairBytes);
     tile.template dot<2, 4, 7>();
-    tile.template load<5>(b_second + kTileBytes, kPanelLineBytes);
+    tile.template load<5>(b_second + kTileBytes, kPairBytes);
     tile.template dot<3, 4, 5>();
     fetcher.tick();
   }
@@ -209,3 +214,4 @@ void multiply(Tile& tile, const Product& p, std::int64_t m) {
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

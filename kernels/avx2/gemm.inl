@@ -1,15 +1,24 @@
 // gemm and transpose_panels with AVX2 and FMA: acc = fma(a, b, acc), k ascending, on bf16 widened to fp32, which is
 // exact. B is widened in registers on its way from the panel: two operations for 16 weights, which the ports beside the
 // two of FMA do. A comes broadcast from memory and must be fp32 there: its rows are widened into scratch on the stack,
-// those of the next product between the operations of this one. No include guard: see kernels/README.md.
+// those of the next product between the operations of this one.
+#pragma once
+#include <immintrin.h>
+
+#include <utility>
+
+#include "kernels/generic/continued_gemm.inl"
+#include "kernels/generic/fetch.inl"
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/vector.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // Register block: 6 rows × 16 columns = 12 accumulators, 2 vectors of B, one of A, and the mask of the odd elements.
 constexpr std::int64_t kRowsMax = 6;
-constexpr std::int64_t kPairBytes = kPanelRows * 4;  // one pair of k in a panel: four vectors, two cache lines
 constexpr std::int64_t kVectorBytes = 4 * kLanes;
 constexpr std::int64_t kVectorsPerPair = kPairBytes / kVectorBytes;
-constexpr std::int64_t kLineBytes = 64;
 constexpr std::int64_t kStep = 2 * kLanes;      // k in one vector of A before widening
 constexpr std::int64_t kDepthMultiple = kStep;  // KernelTable::k_multiple
 constexpr std::int64_t kStepPairs = kStep / 2;
@@ -140,6 +149,8 @@ void multiply_all(const void* a, std::int64_t lda, std::int64_t m, const Panels&
   }
 }
 
+constexpr auto gemm = continued_gemm<multiply_all>;
+
 inline __m256i load_words(const std::byte* p) { return __builtin_bit_cast(__m256i, load_u32(p)); }
 inline void store_words(std::byte* p, __m256i words) { __builtin_memcpy(p, &words, sizeof words); }
 
@@ -165,7 +176,6 @@ inline void transpose_words(const std::byte* in, std::byte* out) {
 void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
                       const Fetch& next) {
   constexpr std::int64_t kPairs = kPanelRows / 2;
-  constexpr std::int64_t kBlockBytes = kPairs * kPairBytes;
   Fetcher fetcher(next, w.num_panels * count * 4);
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
     for (std::int64_t column = 0; column < count; ++column) {
@@ -181,3 +191,4 @@ void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void*
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,5 +1,14 @@
 // gemm with AVX512_BF16. acc = fma(a odd, b odd, acc), then fma(a even, b even, acc): one VDPBF16PS
-// per pair of k, pairs ascending, rounded to nearest, subnormals taken and given as zero. No include guard.
+// per pair of k, pairs ascending, rounded to nearest, subnormals taken and given as zero.
+#pragma once
+#include <immintrin.h>
+
+#include "kernels/avx512/transpose.inl"
+#include "kernels/generic/fetch.inl"
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/vector.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // Register block: 6 rows × 64 columns, or 12 × 32 (or × 16) of a lone panel: 24 accumulators and 4 vectors of B; A
@@ -144,3 +153,4 @@ void gemm(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, floa
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,4 +1,10 @@
-// What the generic kernels need from an instruction set, in AVX-512. No include guard: see kernels/README.md.
+// What the generic kernels need from an instruction set, in AVX-512.
+#pragma once
+#include <immintrin.h>
+
+#include "kernels/generic/types.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // c + a·b, rounded once.
@@ -27,3 +33,4 @@ inline void store_nearest(std::uint16_t* out, F32 a, F32 b) {
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,5 +1,12 @@
 // quantised_gemm in registers: 64 bytes of integers become lines of a panel on their way to the products. Rows and
-// panels are reduced in the order of gemm. No include guard: see kernels/README.md.
+// panels are reduced in the order of gemm.
+#pragma once
+#include "kernels/avx512/gemm.inl"
+#include "kernels/generic/fetch.inl"
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/quantised.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // Of 64 bytes of integers: vectors of floats, and the lines of a panel that they become; two lines are a pair of k.
@@ -46,7 +53,7 @@ void multiply_integers(const Element* a, std::int64_t lda, const std::byte* pane
   Fetcher fetch = fetcher;
   while (k > 0) {
     const Scales scales(static_cast<const float*>(static_cast<const void*>(panel)));
-    const std::byte* block = panel + kScaleBytes;
+    const std::byte* block = panel + kQuantScaleBytes;
     const std::int64_t count = k < group ? k : group;
     // The next block is converted while this one is multiplied. Behind the last block of a panel that is its pad.
     Converted<kBits> converted(block);
@@ -81,7 +88,7 @@ void quantised_gemm(const void* a, std::int64_t lda, std::int64_t m, const Quant
                     const Fetch&) {
   const MultiplyIntegers* multiply = w.format.bits == 8 ? kMultiplyIntegers<8> : kMultiplyIntegers<4>;
   const std::int64_t num_groups = (w.k + w.format.group - 1) / w.format.group;
-  const std::int64_t panel_bytes = num_groups * kScaleBytes + w.k * w.format.bits * kPanelRows / 8;
+  const std::int64_t panel_bytes = num_groups * kQuantScaleBytes + w.k * w.format.bits * kPanelRows / 8;
   const std::int64_t num_chunks = (m + kIntegerRowsMax - 1) / kIntegerRowsMax;
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
     const std::byte* data = w.data + panel * w.stride;
@@ -98,3 +105,4 @@ void quantised_gemm(const void* a, std::int64_t lda, std::int64_t m, const Quant
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

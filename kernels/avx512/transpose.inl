@@ -1,10 +1,12 @@
-// transpose_panels of bf16 panels in 512-bit shuffles: of the tables avx512 and amx. No include guard: see
-// kernels/README.md.
-namespace {
+// transpose_panels of bf16 panels in 512-bit shuffles: of the tables avx512 and amx.
+#pragma once
+#include <immintrin.h>
 
-constexpr std::int64_t kPairsPerBlock = kPanelRows / 2;  // k is a multiple of 32: whole blocks of 16 pairs
-constexpr std::int64_t kPairBytes = kPanelRows * 4;      // one pair of k in a panel: two vectors, two cache lines
-constexpr std::int64_t kLineBytes = 64;
+#include "kernels/generic/fetch.inl"
+#include "kernels/generic/panel.inl"
+
+namespace kt::kernels::KT_TABLE {
+namespace {
 
 // Writes the transpose of 8 × 8 64-bit words; rows of both sides are one pair of k (kPairBytes) apart.
 void transpose_words(const std::byte* in, std::byte* out) {
@@ -37,7 +39,6 @@ void transpose_words(const std::byte* in, std::byte* out) {
 // A 32 × 32 block is 16 × 16 words of pairs of rows by pairs of columns: four transpositions of 8 × 8.
 void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
                       const Fetch& next) {
-  constexpr std::int64_t kBlockBytes = kPairsPerBlock * kPairBytes;
   Fetcher fetcher(next, w.num_panels * count * 4);
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
     for (std::int64_t column = 0; column < count; ++column) {
@@ -54,3 +55,4 @@ void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void*
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,4 +1,9 @@
-// AdamW steps. No include guard: see kernels/README.md.
+// AdamW steps.
+#pragma once
+#include "kernels/generic/vector.inl"
+#include "kernels/kernel_table.h"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // The order of operations is that of torch.optim._functional's single-tensor path, operand by operand.
@@ -19,3 +24,4 @@ void adamw(float* p, float* m, float* v, const float* s, std::int64_t n, const A
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

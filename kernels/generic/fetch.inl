@@ -1,8 +1,9 @@
-// Bringing the memory that comes next to L2 while a kernel computes: a few lines at each of its steps. No include
-// guard: see kernels/README.md.
-namespace {
+// Bringing the memory that comes next to L2 while a kernel computes: a few lines at each of its steps.
+#pragma once
+#include "kernels/generic/panel.inl"
 
-constexpr std::int64_t kFetchLineBytes = 64;
+namespace kt::kernels::KT_TABLE {
+namespace {
 
 // Spreads the lines of a Fetch evenly over num_ticks calls of tick().
 class Fetcher {
@@ -12,13 +13,13 @@ class Fetcher {
         block_end_(fetch.data + fetch.block_bytes),
         gap_(fetch.stride - fetch.block_bytes),
         block_bytes_(fetch.block_bytes),
-        num_lines_(fetch.count * (fetch.block_bytes / kFetchLineBytes)),
+        num_lines_(fetch.count * (fetch.block_bytes / kLineBytes)),
         num_ticks_(num_ticks) {}
 
   void tick() {
     for (due_ += num_lines_; due_ >= num_ticks_; due_ -= num_ticks_) {
       __builtin_prefetch(line_, 0, 2);
-      line_ += kFetchLineBytes;
+      line_ += kLineBytes;
       if (line_ != block_end_) continue;
       line_ += gap_;
       block_end_ = line_ + block_bytes_;
@@ -36,3 +37,4 @@ class Fetcher {
 };
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,8 +1,9 @@
-// pack and gather: moving elements without looking at them. No include guard: see kernels/README.md.
-namespace {
+// pack and gather: moving elements without looking at them.
+#pragma once
+#include "kernels/generic/panel.inl"
 
-// A panel consists of 4-byte units, 32 (one per weight row) for each step of k: two bf16 neighbours in k, or one float.
-constexpr std::int64_t kElementsPerUnit = 4 / static_cast<std::int64_t>(sizeof(Element));
+namespace kt::kernels::KT_TABLE {
+namespace {
 
 // Units [unit, unit + count) of `rows` rows into their columns of the panel. Small blocks: both sides stay in L1.
 void pack_block(const Element* in, std::int64_t ld, std::int64_t rows, std::int64_t unit, std::int64_t count,
@@ -55,3 +56,4 @@ void gather(const void* x, std::int64_t ldx, const std::int32_t* row, std::int64
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,4 +1,10 @@
-// Gradients of LoRA's matrices: products by gemm in which k is the tokens. No include guard: see kernels/README.md.
+// Gradients of LoRA's matrices: products by gemm in which k is the tokens.
+#pragma once
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/vector.inl"
+#include KT_GEMM
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 constexpr std::int64_t kWgradTokens = 128;  // of a product: k
@@ -150,8 +156,7 @@ Fetch gradient_ahead(const float* grad, std::int64_t ldg, std::int64_t rows, boo
   const auto* data = static_cast<const std::byte*>(static_cast<const void*>(ahead));
   if (!transposed) return {data, kWgradColumns * kFloatBytes, ldg * kFloatBytes, rows};
   if (rows == ldg) return {data, kWgradColumns * rows * kFloatBytes, 0, 1};
-  return {data, (rows * kFloatBytes + kFetchLineBytes - 1) / kFetchLineBytes * kFetchLineBytes, ldg * kFloatBytes,
-          kWgradColumns};
+  return {data, (rows * kFloatBytes + kLineBytes - 1) / kLineBytes * kLineBytes, ldg * kFloatBytes, kWgradColumns};
 }
 
 // Rows of the gradient from `left`, kWgradTokens apart, all columns; or of the transposed gradient.
@@ -195,3 +200,4 @@ void lora_wgrad(const float* left, std::int64_t ldl, const void* right, std::int
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

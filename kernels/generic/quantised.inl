@@ -1,8 +1,12 @@
 // Weights as small integers: quantise once, at load, and dequantise into panels of bf16, for every product of both
-// directions. Layout and rounding: kernel_table.h. No include guard: see kernels/README.md.
+// directions. Layout and rounding: kernel_table.h.
+#pragma once
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/vector.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
-constexpr std::int64_t kScaleBytes = kPanelRows * 4;  // one float per row, before the integers of each group
 template <int kBits>
 constexpr std::int64_t kBytesOfK = std::int64_t{kBits} * kPanelRows / 8;  // one k of all rows
 template <int kBits>
@@ -81,13 +85,13 @@ void quantise_panel(const Element* in, std::int64_t ld, std::int64_t rows, std::
     const std::int64_t padded = k_padded - first < group ? k_padded - first : group;
     const std::int64_t left = first < k ? k - first : 0;
     float* scales = static_cast<float*>(static_cast<void*>(panel));
-    auto* integers = static_cast<std::uint8_t*>(static_cast<void*>(panel + kScaleBytes));
+    auto* integers = static_cast<std::uint8_t*>(static_cast<void*>(panel + kQuantScaleBytes));
     __builtin_memset(integers, 0, static_cast<std::size_t>(padded * kBytesOfK<kBits>));
     for (std::int64_t row = 0; row < kPanelRows; ++row) {
       const std::int64_t count = row < rows ? (left < padded ? left : padded) : 0;
       quantise_row<kBits>(count > 0 ? in + row * ld + first : in, count, scales + row, row, integers);
     }
-    panel += kScaleBytes + padded * kBytesOfK<kBits>;
+    panel += kQuantScaleBytes + padded * kBytesOfK<kBits>;
   }
 }
 
@@ -142,13 +146,13 @@ inline void dequantise_block(const std::byte* block, const Scales& scales, std::
 template <int kBits>
 void dequantise_panel(const std::byte* panel, std::int64_t group, std::int64_t k_begin, std::int64_t k_count,
                       std::uint16_t* out) {
-  const std::int64_t group_bytes = kScaleBytes + group * kBytesOfK<kBits>;
+  const std::int64_t group_bytes = kQuantScaleBytes + group * kBytesOfK<kBits>;
   while (k_count > 0) {
     const std::int64_t in_group = k_begin % group;
     const std::int64_t count = k_count < group - in_group ? k_count : group - in_group;
     const std::byte* data = panel + k_begin / group * group_bytes;
     const Scales scales(static_cast<const float*>(static_cast<const void*>(data)));
-    data += kScaleBytes + in_group * kBytesOfK<kBits>;
+    data += kQuantScaleBytes + in_group * kBytesOfK<kBits>;
     for (std::int64_t k = 0; k < count; k += kBlockSteps<kBits>)
       dequantise_block<kBits>(data + k * kBytesOfK<kBits>, scales, out + k * kPanelRows);
     out += count * kPanelRows;
@@ -165,3 +169,4 @@ void dequantise(const QuantPanels& w, std::int64_t k_begin, std::int64_t k_count
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

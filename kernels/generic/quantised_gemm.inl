@@ -1,14 +1,20 @@
 // quantised_gemm out of dequantise and gemm: 128 of k of two panels at a time, so that the weights stay in L1 between
-// the two. gemm in several steps of k has the bits of one. No include guard: see kernels/README.md.
+// the two. gemm in several steps of k has the bits of one.
+#pragma once
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/quantised.inl"
+#include KT_GEMM
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // The share of one of num_steps steps; of several blocks, all to the last one.
 Fetch part_of(const Fetch& next, std::int64_t step, std::int64_t num_steps) {
   if (next.count != 1) return step + 1 == num_steps ? next : Fetch{};
-  const std::int64_t num_lines = next.block_bytes / kFetchLineBytes;
+  const std::int64_t num_lines = next.block_bytes / kLineBytes;
   const std::int64_t begin = num_lines * step / num_steps;
   const std::int64_t end = num_lines * (step + 1) / num_steps;
-  return {next.data + begin * kFetchLineBytes, (end - begin) * kFetchLineBytes, 0, 1};
+  return {next.data + begin * kLineBytes, (end - begin) * kLineBytes, 0, 1};
 }
 
 void quantised_gemm(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c, std::int64_t ldc,
@@ -31,3 +37,4 @@ void quantised_gemm(const void* a, std::int64_t lda, std::int64_t m, const Quant
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,5 +1,10 @@
 // Kernels on rows of activations: rounding, the weighted sum over routes, SwiGLU and its gradient. Nothing here mixes
-// rows, so a row's result does not depend on its company. No include guard: see kernels/README.md.
+// rows, so a row's result does not depend on its company.
+#pragma once
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/vector.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 void round_rows(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t n, float scale, void* out,
@@ -99,3 +104,4 @@ void swiglu_backward(const void* saved, std::int64_t ld_saved, const std::int32_
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,6 +1,14 @@
-// The vector types of an instruction set: kLanes floats, or as many unsigned integers. No include guard: see
-// kernels/README.md.
+// The vector types of an instruction set: kLanes floats, or as many unsigned integers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/generic/target.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
+
+constexpr int kLanes = KT_LANES;
 
 using F32 = float __attribute__((vector_size(4 * kLanes)));
 using U32 = std::uint32_t __attribute__((vector_size(4 * kLanes)));
@@ -20,3 +28,4 @@ inline F32 as_f32(U32 x) { return __builtin_bit_cast(F32, x); }
 inline U32 as_u32(F32 x) { return __builtin_bit_cast(U32, x); }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -2,7 +2,18 @@
 // instruction set (multiply_add, square_root, widen, narrow).
 //
 // Written with the compiler's vector types and compiled with -ffp-contract=off: an operator is one rounded IEEE
-// operation, so every function here gives the same bits on every table. No include guard: see kernels/README.md.
+// operation, so every function here gives the same bits on every table.
+#pragma once
+#include "kernels/generic/types.inl"
+#if KT_LANES == 16
+#include "kernels/avx512/primitives.inl"
+#elif KT_LANES == 8
+#include "kernels/avx2/primitives.inl"
+#else
+#include "kernels/scalar/primitives.inl"
+#endif
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 inline U32 load_u32(const void* p) {
@@ -86,3 +97,4 @@ inline F32 exp(F32 x) {
 inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,6 +1,11 @@
 // gemm and transpose_panels for any processor: acc = acc + a·b, each operation rounded to fp32, k ascending. Far slower
 // than memory, so nothing is fetched ahead.
-// No include guard: see kernels/README.md.
+#pragma once
+#include "kernels/generic/continued_gemm.inl"
+#include "kernels/generic/panel.inl"
+#include "kernels/generic/vector.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // Register block: kRowsMax rows × kColumns columns, 8 accumulators of the 16 registers of a baseline x86-64.
@@ -67,6 +72,8 @@ void multiply_all(const void* a, std::int64_t lda, std::int64_t m, const Panels&
   for (; row < m; ++row) multiply_rows<1>(in + row * lda, lda, w, c + row * ldc, ldc, accumulate);
 }
 
+constexpr auto gemm = continued_gemm<multiply_all>;
+
 // Rows 32·panel … of w, columns 32q …: a 32 × 32 block of bf16, pairs of columns to pairs of rows.
 inline void transpose_block(const std::uint32_t* in, std::uint32_t* out, std::uint16_t) {
   for (std::int64_t row_pair = 0; row_pair < kPanelRows / 2; ++row_pair) {
@@ -87,7 +94,6 @@ inline void transpose_block(const std::uint32_t* in, std::uint32_t* out, float) 
 
 void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void* out, std::int64_t out_stride,
                       const Fetch&) {
-  constexpr std::int64_t kBlockBytes = kPanelRows * kPanelRows * static_cast<std::int64_t>(sizeof(Element));
   for (std::int64_t panel = 0; panel < w.num_panels; ++panel) {
     for (std::int64_t column = 0; column < count; ++column) {
       const std::byte* in = w.data + panel * w.stride + (q + column) * kBlockBytes;
@@ -99,3 +105,4 @@ void transpose_panels(const Panels& w, std::int64_t q, std::int64_t count, void*
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

@@ -1,4 +1,8 @@
-// What the generic kernels need from an instruction set, in portable C++. No include guard: see kernels/README.md.
+// What the generic kernels need from an instruction set, in portable C++.
+#pragma once
+#include "kernels/generic/types.inl"
+
+namespace kt::kernels::KT_TABLE {
 namespace {
 
 // c + a·b, each rounded.
@@ -30,3 +34,4 @@ inline void store_nearest(std::uint16_t* out, F32 a, F32 b) {
 }
 
 }  // namespace
+}  // namespace kt::kernels::KT_TABLE

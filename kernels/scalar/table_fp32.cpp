@@ -1,48 +1,15 @@
 // The portable table, fp32, for --weight-format fp32. Four lanes: a register of every processor we know.
+#define KT_TABLE scalar_fp32
+#define KT_LANES 4
+#define KT_GEMM "kernels/scalar/gemm.inl"
+#define KT_ELEMENT_BYTES 4
 #include "kernels/cpu_features.h"
-#include "kernels/kernel_table.h"
+#include "kernels/generic/make_table.inl"
 
 namespace kt::kernels::scalar_fp32 {
-namespace {
-using Element = float;
-constexpr int kLanes = 4;
-}  // namespace
-
-// The order counts: each file uses the ones above it.
-// clang-format off
-#include "kernels/generic/types.inl"
-#include "kernels/scalar/primitives.inl"
-#include "kernels/generic/vector.inl"
-#include "kernels/generic/layout.inl"
-#include "kernels/generic/fetch.inl"
-#include "kernels/scalar/gemm.inl"
-#include "kernels/generic/continued_gemm.inl"
-#include "kernels/generic/rows.inl"
-#include "kernels/generic/lora_wgrad.inl"
-#include "kernels/generic/adamw.inl"
-// clang-format on
 
 extern const KernelTable kTable;
-constinit const KernelTable kTable = {
-    .name = "scalar",
-    .required = 0,
-    .element_bytes = sizeof(Element),
-    .k_multiple = kDepthMultiple,
-    .l2_bytes = 512 << 10,
-    .quantised_rows_max = 0,
-    .pack = pack,
-    .quantise = nullptr,
-    .dequantise = nullptr,
-    .transpose_panels = transpose_panels,
-    .gemm = gemm,
-    .quantised_gemm = nullptr,
-    .round_rows = round_rows,
-    .gather = gather,
-    .swiglu = swiglu,
-    .swiglu_backward = swiglu_backward,
-    .lora_wgrad = lora_wgrad,
-    .sum_routes = sum_routes,
-    .adamw = adamw,
-};
+constinit const KernelTable kTable =
+    make_table({.name = "scalar", .required = 0, .l2_bytes = 512 << 10, .quantised_rows_max = 0});
 
 }  // namespace kt::kernels::scalar_fp32

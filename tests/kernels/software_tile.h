@@ -6,19 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/kernel_table.h"
-#include "tests/support/isa/amx_tiles.h"
-
-namespace kt::kernels::amx_nest {
-namespace {
-using Element = std::uint16_t;
-}  // namespace
-// The order counts.
-// clang-format off
-#include "kernels/generic/fetch.inl"
+#define KT_TABLE amx_nest
 #include "kernels/amx/nest.inl"
-// clang-format on
-}  // namespace kt::kernels::amx_nest
+#include "tests/support/isa/amx_tiles.h"
 
 namespace kt::test {
 
