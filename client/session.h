@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "client/claim.h"
 #include "shm/base/result.h"
 #include "shm/protocol.h"
 
@@ -67,15 +68,12 @@ class Session {
   Status delete_adapter(std::uint32_t adapter_id);
   Result<std::uint64_t> join(const JoinSpec& spec);  // -> step
 
-  // Experts of one layer. Pointers are host memory; elements are bf16 bits, or f32 under weight format fp32. A call
-  // that does not fit the arena is split along tokens (consecutive act_ids of one logical activation are kept inside).
-  // act_id 0: keep nothing; else new_act_id(). flags: RequestFlag.
+  // Room for one experts call, whose tensors the caller writes and reads in the arena itself: see claim.h. Waits while
+  // other claims fill the arena. Refuses an unknown layer or activation, and flags the verb does not have.
   std::uint64_t new_act_id();
-  Status forward(std::uint32_t layer, std::uint32_t adapter_id, std::uint64_t act_id, std::uint8_t flags,
-                 std::uint32_t num_tokens, const void* x, const std::int32_t* ids, const float* weights, void* y);
-  Status fetch(std::uint64_t act_id, std::uint32_t num_tokens, void* y);
-  Status backward(std::uint64_t act_id, std::uint8_t flags, std::uint32_t num_tokens, const void* dy, void* dx,
-                  float* dw);
+  Result<Claim> claim(const ForwardCall& call);
+  Result<Claim> claim(const BackwardCall& call);
+  Result<Claim> claim(const FetchCall& call);
   // Never blocks on the daemon and may run on any thread, also in a destructor: queued, sent before the next request.
   void release(std::uint64_t act_id);
 
@@ -96,6 +94,7 @@ class Session {
   bool daemon_alive() const;
 
  private:
+  friend class Claim;
   struct State;
   explicit Session(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;

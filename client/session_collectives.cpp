@@ -29,12 +29,12 @@ Request collective(Verb verb, std::uint32_t adapter_id) {
 }  // namespace
 
 Status Session::barrier(std::uint32_t adapter_id) {
-  KT_TRY_STATUS(state_->run(collective(Verb::kBarrier, adapter_id), std::nullopt, 0, {}, {}));
+  KT_TRY_STATUS(state_->run(collective(Verb::kBarrier, adapter_id), std::nullopt, 0, {}));
   return ok_status();
 }
 
 Status Session::discard(std::uint32_t adapter_id) {
-  KT_TRY_STATUS(state_->run(collective(Verb::kDiscard, adapter_id), std::nullopt, 0, {}, {}));
+  KT_TRY_STATUS(state_->run(collective(Verb::kDiscard, adapter_id), std::nullopt, 0, {}));
   return ok_status();
 }
 
@@ -44,7 +44,7 @@ Result<double> Session::squared_norm(std::uint32_t adapter_id, std::span<const s
   KT_TRY_STATUS(check_group_of(group_of, num_layers));
   const shm::NormPayload payload(num_layers);
   KT_TRY(const shm::Reply reply, state_->run(collective(Verb::kNorm, adapter_id), std::nullopt, payload.bytes,
-                                             {{payload.group_of, group_of.data()}}, {}));
+                                             {{payload.group_of, group_of.data()}}));
   return reply.value;
 }
 
@@ -71,7 +71,7 @@ Status Session::step(std::uint32_t adapter_id, double scale, std::span<const shm
   request.step = state_->steps.load();
   const shm::StepPayload payload(num_layers);
   KT_TRY_STATUS(state_->run(request, std::nullopt, payload.bytes,
-                            {{payload.header, &header}, {payload.group_of, group_of.data()}}, {}));
+                            {{payload.header, &header}, {payload.group_of, group_of.data()}}));
   state_->steps.fetch_add(1);
   return ok_status();
 }

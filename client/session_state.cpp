@@ -3,7 +3,6 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <array>
 #include <chrono>
 #include <cstring>
 #include <thread>
@@ -71,36 +70,31 @@ Status Session::State::check_usable() const {
   return ok_status();
 }
 
+Result<shm::Reply> Session::State::exchange(const shm::Request& request, std::optional<std::uint32_t> layer,
+                                            std::span<const OutputPart> outputs) {
+  KT_TRY_STATUS(send_releases());
+  liveness.note_request(request.verb, layer, steps.load());
+  KT_TRY(const std::uint64_t sequence, submission.submit(request, outputs));
+  return submission.finish(sequence);
+}
+
 Result<shm::Reply> Session::State::run(const shm::Request& request, std::optional<std::uint32_t> layer,
                                        std::uint64_t payload_bytes, std::initializer_list<CopyIn> inputs,
-                                       std::initializer_list<CopyOut> outputs) {
+                                       std::optional<CopyOut> output) {
   KT_TRY_STATUS(check_usable());
-  KT_TRY_STATUS(send_releases());
   auto block = arena.wait_allocate(payload_bytes);
   if (!block) return liveness.error(liveness.end());
   for (const auto& [part, from] : inputs) {
     if (part.bytes != 0) std::memcpy(block->data() + part.offset, from, part.bytes);
   }
-  std::array<OutputPart, kNumOutputsMax> parts;
-  std::array<OutputPart, kNumOutputsMax> targets;
-  std::size_t num_outputs = 0;
-  KT_CHECK(outputs.size() <= kNumOutputsMax);
-  for (const auto& [part, to] : outputs) {
-    parts[num_outputs] = {block->data() + part.offset, part.bytes};
-    targets[num_outputs++] = {static_cast<std::byte*>(to), part.bytes};
-  }
   shm::Request placed = request;
   placed.payload_offset = block->offset();
-  liveness.note_request(request.verb, layer, steps.load());
-  KT_TRY(const std::uint64_t sequence, submission.submit(placed, std::span(parts).first(num_outputs)));
-  auto reply = submission.finish(sequence);
-  if (!reply.ok()) {
-    if (liveness.end() != End::kNone) poison(std::span(targets).first(num_outputs));
-    return reply;
-  }
-  for (std::size_t i = 0; i < num_outputs; ++i) {
-    if (parts[i].bytes != 0) std::memcpy(targets[i].data, parts[i].data, parts[i].bytes);
-  }
+  if (!output) return exchange(placed, layer, {});
+  const OutputPart source{block->data() + output->part.offset, output->part.bytes};
+  auto reply = exchange(placed, layer, {&source, 1});
+  const OutputPart target{static_cast<std::byte*>(output->to), source.bytes};
+  if (reply.ok()) std::memcpy(target.data, source.data, source.bytes);
+  if (!reply.ok() && liveness.end() != End::kNone) poison({&target, 1});
   return reply;
 }
 

@@ -1,6 +1,7 @@
 // What a Session owns, and the one path every request takes:
 //
-//   check fork and liveness → releases that wait → arena block → copy in → slot → wait → copy out → block freed
+//   check fork and liveness → arena block → payload written → releases that wait → slot → wait → outputs read → block
+//                                                             └──────── exchange() ───────┘              freed
 #pragma once
 #include <sys/types.h>
 
@@ -11,6 +12,7 @@
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -52,10 +54,14 @@ struct Session::State {
   // kUnsupported in a forked child; the session's error once it is over.
   Status check_usable() const;
 
-  // Sends one request with its payload and waits for the reply. `layer`: for messages only. When the session ends
-  // meanwhile, the targets of `outputs` are filled with NaN.
+  // Sends one request, whose payload lies in the arena, after the RELEASEs that wait, and waits for the reply. `layer`:
+  // for messages only. `outputs`: parts of the payload, filled with NaN when the session ends meanwhile.
+  Result<shm::Reply> exchange(const shm::Request& request, std::optional<std::uint32_t> layer,
+                              std::span<const OutputPart> outputs);
+
+  // exchange() of a request whose payload is copied in and out.
   Result<shm::Reply> run(const shm::Request& request, std::optional<std::uint32_t> layer, std::uint64_t payload_bytes,
-                         std::initializer_list<CopyIn> inputs, std::initializer_list<CopyOut> outputs);
+                         std::initializer_list<CopyIn> inputs, std::optional<CopyOut> output = std::nullopt);
 
   // One control packet and its answer, however long it takes. A closed socket becomes the session's error.
   Result<nlohmann::json> control(const nlohmann::json& request);

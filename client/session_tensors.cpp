@@ -57,7 +57,7 @@ Status each_tensor_chunk(State& state, Verb verb, std::uint32_t adapter_id, cons
 
 Status Session::read(std::uint32_t adapter_id, const TensorRef& ref, std::span<float> values) {
   const auto send = [&](const Request& request, const shm::TensorPayload& payload, std::uint64_t first) -> Status {
-    KT_TRY_STATUS(state_->run(request, ref.layer, payload.bytes, {}, {{payload.values, values.data() + first}}));
+    KT_TRY_STATUS(state_->run(request, ref.layer, payload.bytes, {}, CopyOut{payload.values, values.data() + first}));
     return ok_status();
   };
   return each_tensor_chunk(*state_, Verb::kRead, adapter_id, ref, values.size(), send);
@@ -65,7 +65,7 @@ Status Session::read(std::uint32_t adapter_id, const TensorRef& ref, std::span<f
 
 Status Session::write(std::uint32_t adapter_id, const TensorRef& ref, std::span<const float> values) {
   const auto send = [&](const Request& request, const shm::TensorPayload& payload, std::uint64_t first) -> Status {
-    KT_TRY_STATUS(state_->run(request, ref.layer, payload.bytes, {{payload.values, values.data() + first}}, {}));
+    KT_TRY_STATUS(state_->run(request, ref.layer, payload.bytes, {{payload.values, values.data() + first}}));
     return ok_status();
   };
   return each_tensor_chunk(*state_, Verb::kWrite, adapter_id, ref, values.size(), send);

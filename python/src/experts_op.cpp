@@ -1,7 +1,7 @@
 // One call of a layer's experts as a torch op: hidden states out to the daemon and back, with gradients.
 //
 //   experts            autograd: decides whether an activation is kept, and what its backward asks for
-//   └ below autograd   converts to the wire's element type in host memory, calls client::Session, converts back
+//   └ below autograd   converts into the arena (client::Claim), waits for the answer, converts out of it
 //   experts_backward   the same for gradients
 #include "python/src/experts_op.h"
 
@@ -13,7 +13,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
+#include <span>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "python/src/errors.h"
@@ -27,12 +30,38 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-at::TensorOptions wire_options(const client::ModelInfo& model) {
-  return at::TensorOptions().dtype(model.element_bytes == 2 ? at::kBFloat16 : at::kFloat);
+// Elements of the arena as a tensor.
+template <class T>
+Tensor arena_tensor(std::span<T> elements, at::IntArrayRef shape, at::ScalarType dtype) {
+  // The data of a const span is only read: callers copy out of it.
+  auto* const data = const_cast<std::remove_const_t<T>*>(elements.data());
+  return at::from_blob(data, shape, at::TensorOptions().dtype(dtype).device(at::kCPU));
 }
 
-Tensor to_wire(const Tensor& tensor, at::ScalarType dtype) {
-  return tensor.detach().to(at::TensorOptions().dtype(dtype).device(at::kCPU)).contiguous();
+// x or grad_output of the claim's piece, and y or grad_input: element[num_tokens, hidden_size].
+template <class T>
+Tensor arena_rows(std::span<T> bytes, const client::Claim& claim, const client::ModelInfo& model) {
+  return arena_tensor(bytes, {claim.num_tokens(), model.hidden_size},
+                      model.element_bytes == 2 ? at::kBFloat16 : at::kFloat);
+}
+
+// The claim's tokens of a tensor of the whole call.
+Tensor piece_of(const Tensor& tensor, const client::Claim& claim) {
+  return tensor.detach().narrow(0, claim.first_token(), claim.num_tokens());
+}
+
+// Sends a call piece by piece. write(claim) and read(claim) convert into the arena and out of it, without the GIL.
+template <class Call, class Write, class Read>
+void exchange(client::Session& session, const Call& call, const Write& write, const Read& read) {
+  check(without_gil([&]() -> Status {
+    KT_TRY(client::Claim claim, session.claim(call));
+    do {
+      write(claim);
+      KT_TRY_STATUS(claim.submit());
+      read(claim);
+    } while (claim.next());
+    return ok_status();
+  }));
 }
 
 Error shape_error(const std::string& what, const Tensor& got, const std::string& expected) {
@@ -42,36 +71,27 @@ Error shape_error(const std::string& what, const Tensor& got, const std::string&
           "got [" + shape + "], expected " + expected, "check the config against the daemon's model: kt-coproc status"};
 }
 
-// ids[T, k] of any integer type -> i32[T, top_k]: every id >= E becomes E (contributes zero), columns beyond k too.
-Tensor wire_ids(const Tensor& ids, const client::ModelInfo& model) {
-  const Tensor wide = to_wire(ids, at::kLong);
-  const auto num_tokens = wide.size(0);
-  const auto k = wide.size(1);
-  const auto top_k = static_cast<std::int64_t>(model.top_k);
-  const auto num_experts = static_cast<std::int64_t>(model.num_experts);
-  Tensor out = at::empty({num_tokens, top_k}, at::kInt);
+// ids[T, k] of any integer type -> i32[T, top_k]. What i32 cannot hold becomes its largest or smallest number, and
+// columns beyond k the largest: the client knows which ids mean nothing and which are wrong.
+void write_ids(const Tensor& ids, std::span<std::int32_t> to, std::size_t top_k) {
+  using Limits = std::numeric_limits<std::int32_t>;
+  const Tensor wide = ids.to(at::TensorOptions().dtype(at::kLong).device(at::kCPU)).contiguous();
+  const auto k = static_cast<std::size_t>(wide.size(1));
   const auto* from = wide.const_data_ptr<std::int64_t>();
-  auto* to = out.mutable_data_ptr<std::int32_t>();
-  for (std::int64_t t = 0; t < num_tokens; ++t) {
-    for (std::int64_t j = 0; j < top_k; ++j) {
-      const std::int64_t id = j < k ? from[t * k + j] : num_experts;
-      if (id < 0) {
-        raise({ErrorCode::kInvalidArgument, "kt_coproc::experts: a negative expert id",
-               "topk_ids[" + std::to_string(t) + ", " + std::to_string(j) + "] is " + std::to_string(id) +
-                   ", the layer has experts 0 to " + std::to_string(num_experts - 1),
-               "look at the router: it must choose existing experts"});
-      }
-      to[t * top_k + j] = static_cast<std::int32_t>(std::min(id, num_experts));
+  for (std::size_t i = 0; i < to.size(); i += top_k, from += k) {
+    for (std::size_t j = 0; j < top_k; ++j) {
+      const std::int64_t id = j < k ? from[j] : Limits::max();
+      to[i + j] = static_cast<std::int32_t>(std::clamp<std::int64_t>(id, Limits::min(), Limits::max()));
     }
   }
-  return out;
 }
 
-Tensor wire_weights(const Tensor& weights, const client::ModelInfo& model) {
-  const auto top_k = static_cast<std::int64_t>(model.top_k);
-  const Tensor narrow = to_wire(weights, at::kFloat);
-  if (narrow.size(1) == top_k) return narrow;
-  return at::constant_pad_nd(narrow, {0, top_k - narrow.size(1)});
+// weights[T, k] -> f32[T, top_k], zeros beyond k.
+void write_weights(const Tensor& weights, std::span<float> to, std::int64_t top_k) {
+  const auto k = weights.size(1);
+  const Tensor rows = arena_tensor(to, {weights.size(0), top_k}, at::kFloat);
+  rows.narrow(1, 0, k).copy_(weights);
+  if (k < top_k) rows.narrow(1, k, top_k - k).zero_();
 }
 
 void check_shapes(const client::ModelInfo& model, const Tensor& hidden, const Tensor& ids, const Tensor& weights) {
@@ -93,7 +113,10 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden, const Tensor& ids, cons
   const client::ModelInfo& model = open->session->model();
   check_shapes(model, hidden, ids, weights);
   const auto num_tokens = static_cast<std::uint32_t>(hidden.size(0));
-  Tensor y = at::empty(hidden.sizes(), wire_options(model));
+  Tensor y = at::empty(hidden.sizes(), hidden.options());
+  const auto read = [&](const client::Claim& claim) {
+    piece_of(y, claim).copy_(arena_rows(claim.output(), claim, model));
+  };
   if (mode == kReplay) {
     const Tensor kept = ticket.value_or(Tensor());
     const std::uint64_t act_id = kept.defined() ? ticket_act_id(kept, session) : 0;
@@ -101,20 +124,21 @@ std::tuple<Tensor, Tensor> experts(const Tensor& hidden, const Tensor& ids, cons
       raise({ErrorCode::kInvalidArgument, "kt_coproc::experts: nothing to replay", "mode REPLAY came without a ticket",
              "pass the ticket of the recorded call"});
     }
-    check(without_gil([&] { return open->session->fetch(act_id, num_tokens, y.mutable_data_ptr()); }));
-    return {y.to(hidden.options()), kept};
+    const auto nothing = [](client::Claim&) {};
+    exchange(*open->session, client::FetchCall{act_id, num_tokens}, nothing, read);
+    return {y, kept};
   }
-  const Tensor x = to_wire(hidden, y.scalar_type());
-  const Tensor ids_i32 = wire_ids(ids, model);
-  const Tensor weights_f32 = wire_weights(weights, model);
   const std::uint64_t act_id = mode == kAuto ? 0 : open->session->new_act_id();
   const std::uint8_t flags = mode == kRecord ? shm::kKeepY : 0;
-  check(without_gil([&] {
-    return open->session->forward(static_cast<std::uint32_t>(layer), static_cast<std::uint32_t>(adapter), act_id, flags,
-                                  num_tokens, x.const_data_ptr(), ids_i32.const_data_ptr<std::int32_t>(),
-                                  weights_f32.const_data_ptr<float>(), y.mutable_data_ptr());
-  }));
-  return {y.to(hidden.options()), act_id == 0 ? empty_ticket() : make_ticket(session, act_id)};
+  const auto write = [&](client::Claim& claim) {
+    arena_rows(claim.input(), claim, model).copy_(piece_of(hidden, claim));
+    write_ids(piece_of(ids, claim), claim.ids(), model.top_k);
+    write_weights(piece_of(weights, claim), claim.routing_weights(), model.top_k);
+  };
+  const client::ForwardCall call{static_cast<std::uint32_t>(layer), static_cast<std::uint32_t>(adapter), act_id, flags,
+                                 num_tokens};
+  exchange(*open->session, call, write, read);
+  return {y, act_id == 0 ? empty_ticket() : make_ticket(session, act_id)};
 }
 
 std::tuple<Tensor, Tensor> experts_meta(const Tensor& hidden, const Tensor& /*ids*/, const Tensor& /*weights*/,
@@ -132,18 +156,23 @@ std::tuple<Tensor, Tensor> experts_backward(const Tensor& grad_output, const Ten
   const client::ModelInfo& model = open->session->model();
   const std::uint64_t act_id = ticket_act_id(ticket, session);
   const auto num_tokens = grad_output.size(0);
-  const Tensor dy = to_wire(grad_output, wire_options(model).dtype().toScalarType());
-  Tensor dx = at::empty(dy.sizes(), dy.options());
-  Tensor dw = at::empty({num_tokens, static_cast<std::int64_t>(model.top_k)}, at::kFloat);
+  Tensor dx = at::empty(grad_output.sizes(), grad_output.options());
+  Tensor dw = at::empty({num_tokens, k}, grad_output.options().dtype(at::kFloat));
   const auto wire_flags = static_cast<std::uint8_t>(flags);
   // Noted before it is sent: a backward that fails half-way may have added to the sum, and zero_grad must discard it.
   if ((wire_flags & shm::kAccumulate) != 0) open->note_accumulated(static_cast<std::uint32_t>(adapter));
-  check(without_gil([&] {
-    return open->session->backward(act_id, wire_flags, static_cast<std::uint32_t>(num_tokens), dy.const_data_ptr(),
-                                   dx.mutable_data_ptr(), dw.mutable_data_ptr<float>());
-  }));
+  const auto write = [&](client::Claim& claim) {
+    arena_rows(claim.input(), claim, model).copy_(piece_of(grad_output, claim));
+  };
+  const auto read = [&](const client::Claim& claim) {
+    piece_of(dx, claim).copy_(arena_rows(claim.output(), claim, model));
+    const Tensor all = arena_tensor(claim.grad_weights(), {claim.num_tokens(), model.top_k}, at::kFloat);
+    piece_of(dw, claim).copy_(all.narrow(1, 0, k));
+  };
+  exchange(*open->session, client::BackwardCall{act_id, wire_flags, static_cast<std::uint32_t>(num_tokens)}, write,
+           read);
   if ((wire_flags & shm::kKeep) == 0) mark_consumed(ticket);
-  return {dx.to(grad_output.options()), dw.narrow(1, 0, k).to(grad_output.device())};
+  return {dx, dw};
 }
 
 std::tuple<Tensor, Tensor> experts_backward_meta(const Tensor& grad_output, const Tensor& /*ticket*/,

@@ -1,6 +1,7 @@
 // Ranks and daemons that are killed in the middle of a training: who hears of it, and who does not.
 #include <signal.h>
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -78,6 +79,25 @@ TEST_F(Failure, ADaemonThatIsKilledIsNamedByEveryRankAndNobodyHangs) {
     EXPECT_EQ(report.at("later"), kCoprocDied);
     EXPECT_EQ(report.at("alive"), false);
   }
+}
+
+TEST_F(Failure, ADaemonThatIsKilledBetweenClaimAndSubmitLeavesNaN) {
+  ASSERT_NO_FATAL_FAILURE(start_daemon(false));
+  ConnectOptions options;
+  options.address = address();
+  options.arena_bytes = shm::kArenaBytesMin;
+  auto session = Session::connect(options);
+  ASSERT_TRUE(session.ok()) << session.error().text();
+  auto claim = session.value()->claim(ForwardCall{.layer = kOther.sizes.moe_layers[0], .num_tokens = 3});
+  ASSERT_TRUE(claim.ok()) << claim.error().text();
+  const auto ids = claim.value().ids();
+  std::fill(ids.begin(), ids.end(), 0);
+  daemon_->signal(SIGKILL);
+  EXPECT_EQ(daemon_->wait(), 128 + SIGKILL);
+  const Status status = claim.value().submit();
+  ASSERT_FALSE(status.ok());
+  EXPECT_EQ(status.error().code, ErrorCode::kCoprocDied) << status.error().text();
+  for (const std::byte byte : claim.value().output()) ASSERT_EQ(byte, std::byte{0xFF});
 }
 
 TEST_F(Failure, ADaemonThatIsAskedToStopTellsItsRanksSo) {

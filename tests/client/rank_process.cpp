@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <span>
 #include <thread>
 #include <utility>
 
@@ -19,36 +20,6 @@
 
 namespace kt::client::testing {
 namespace {
-
-// Rows as they go over the wire: bf16 bits or f32.
-class WireRows {
- public:
-  WireRows(std::size_t count, bool bf16) : count_(count), bf16_(bf16), bytes_(count * (bf16 ? 2 : 4)) {}
-  WireRows(const std::vector<float>& values, bool bf16) : WireRows(values.size(), bf16) {
-    for (std::size_t i = 0; i < count_; ++i) {
-      const auto bits = std::bit_cast<std::uint32_t>(bf16 ? round_bf16(values[i]) : values[i]);
-      const auto half = static_cast<std::uint16_t>(bits >> 16);
-      std::memcpy(bytes_.data() + i * (bf16 ? 2 : 4), bf16 ? static_cast<const void*>(&half) : &bits, bf16 ? 2 : 4);
-    }
-  }
-  std::vector<float> values() const {
-    std::vector<float> values(count_);
-    for (std::size_t i = 0; i < count_; ++i) {
-      std::uint16_t half = 0;
-      if (bf16_) std::memcpy(&half, bytes_.data() + i * 2, 2);
-      if (bf16_) values[i] = std::bit_cast<float>(std::uint32_t{half} << 16);
-      if (!bf16_) std::memcpy(&values[i], bytes_.data() + i * 4, 4);
-    }
-    return values;
-  }
-  void* data() { return bytes_.data(); }
-  const void* data() const { return bytes_.data(); }
-
- private:
-  std::size_t count_;
-  bool bf16_;
-  std::vector<std::byte> bytes_;
-};
 
 class RankTraining {
  public:
@@ -101,12 +72,16 @@ class RankTraining {
     std::vector<std::uint64_t> act_ids(num_layers);
     std::vector<float> h = data.x;
     for (std::size_t moe = 0; moe < num_layers; ++moe) {
-      const WireRows x(h, task_.bf16);
-      WireRows y(h.size(), task_.bf16);
       act_ids[moe] = session_.new_act_id();
-      KT_TRY_STATUS(session_.forward(task_.sizes.moe_layers[moe], Task::kAdapter, act_ids[moe], 0, data.num_tokens,
-                                     x.data(), data.ids[moe].data(), data.weights[moe].data(), y.data()));
-      add(h, y);
+      KT_TRY(Claim claim, session_.claim(ForwardCall{.layer = task_.sizes.moe_layers[moe],
+                                                     .adapter_id = Task::kAdapter,
+                                                     .act_id = act_ids[moe],
+                                                     .num_tokens = data.num_tokens}));
+      write_rows(h, claim.input());
+      std::copy(data.ids[moe].begin(), data.ids[moe].end(), claim.ids().begin());
+      std::copy(data.weights[moe].begin(), data.weights[moe].end(), claim.routing_weights().begin());
+      KT_TRY_STATUS(claim.submit());
+      add_rows(claim.output(), h);
     }
     const double share = data.num_tokens == 0 ? 0 : 1.0 / (data.num_tokens * Task::kMicroBatches);
     double loss = 0;
@@ -118,21 +93,35 @@ class RankTraining {
     result_.losses.push_back(loss);
     const bool is_first = step == 0 && micro == 0;
     for (std::size_t moe = num_layers; moe-- > 0;) {
-      const WireRows dy(h, task_.bf16);
-      WireRows dx(h.size(), task_.bf16);
-      std::vector<float> dw(data.weights[moe].size());
-      KT_TRY_STATUS(
-          session_.backward(act_ids[moe], shm::kAccumulate, data.num_tokens, dy.data(), dx.data(), dw.data()));
-      add(h, dx);
+      KT_TRY(Claim claim, session_.claim(BackwardCall{act_ids[moe], shm::kAccumulate, data.num_tokens}));
+      write_rows(h, claim.input());
+      KT_TRY_STATUS(claim.submit());
+      add_rows(claim.output(), h);
+      const std::span<const float> dw = claim.grad_weights();
       if (is_first) result_.first["dw." + std::to_string(task_.sizes.moe_layers[moe])].assign(dw.begin(), dw.end());
     }
     if (is_first) result_.first["dx"].assign(h.begin(), h.end());
     return ok_status();
   }
 
-  static void add(std::vector<float>& h, const WireRows& rows) {
-    const std::vector<float> values = rows.values();
-    for (std::size_t i = 0; i < h.size(); ++i) h[i] += values[i];
+  // Rows as they lie in the arena: bf16 bits or f32.
+  void write_rows(const std::vector<float>& values, std::span<std::byte> rows) const {
+    const std::size_t size = task_.bf16 ? 2 : 4;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const auto bits = std::bit_cast<std::uint32_t>(task_.bf16 ? round_bf16(values[i]) : values[i]);
+      const auto half = static_cast<std::uint16_t>(bits >> 16);
+      std::memcpy(&rows[i * size], task_.bf16 ? static_cast<const void*>(&half) : &bits, size);
+    }
+  }
+  void add_rows(std::span<const std::byte> rows, std::vector<float>& h) const {
+    for (std::size_t i = 0; i < h.size(); ++i) {
+      std::uint16_t half = 0;
+      float value = 0;
+      if (task_.bf16) std::memcpy(&half, &rows[i * 2], 2);
+      if (task_.bf16) value = std::bit_cast<float>(std::uint32_t{half} << 16);
+      if (!task_.bf16) std::memcpy(&value, &rows[i * 4], 4);
+      h[i] += value;
+    }
   }
 
   Status read_all(shm::TensorKind kind, std::map<std::string, std::vector<double>>& into) {

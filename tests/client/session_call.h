@@ -2,8 +2,10 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <random>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -42,10 +44,13 @@ struct Call {
     dw.resize(weights.size());
   }
   Status forward(Session& session, std::uint64_t act_id, std::uint8_t flags = 0) {
-    return session.forward(1, 1, act_id, flags, num_tokens, x.data(), ids.data(), weights.data(), y.data());
+    return each_piece(session.claim(ForwardCall{1, 1, act_id, flags, num_tokens}));
+  }
+  Status fetch(Session& session, std::uint64_t act_id) {
+    return each_piece(session.claim(FetchCall{act_id, num_tokens}));
   }
   Status backward(Session& session, std::uint64_t act_id, std::uint8_t flags = 0) {
-    return session.backward(act_id, flags, num_tokens, dy.data(), dx.data(), dw.data());
+    return each_piece(session.claim(BackwardCall{act_id, flags, num_tokens}));
   }
   void expect_forward() const {
     for (std::size_t i = 0; i < x.size(); ++i) {
@@ -63,10 +68,41 @@ struct Call {
     }
   }
 
+  // The inputs of the claim's piece, from this call's tensors; and its outputs into them.
+  void write(Claim& claim) const {
+    const std::vector<float>& rows = claim.ids().empty() ? dy : x;
+    copy(rows.data() + claim.first_token() * hidden, claim.input());
+    copy(ids.data() + claim.first_token() * top_k, claim.ids());
+    copy(weights.data() + claim.first_token() * top_k, claim.routing_weights());
+  }
+  void read(const Claim& claim) {
+    std::vector<float>& rows = claim.grad_weights().empty() ? y : dx;
+    std::memcpy(rows.data() + claim.first_token() * hidden, claim.output().data(), claim.output().size_bytes());
+    std::memcpy(dw.data() + claim.first_token() * top_k, claim.grad_weights().data(),
+                claim.grad_weights().size_bytes());
+  }
+
   std::uint32_t num_tokens;
   std::size_t hidden, top_k;
   std::vector<float> x, y, dy, dx, weights, dw;
   std::vector<std::int32_t> ids;
+
+ private:
+  template <class T>
+  static void copy(const void* from, std::span<T> to) {
+    std::memcpy(to.data(), from, to.size_bytes());
+  }
+  // Outputs are read also when a piece failed: they are NaN then.
+  Status each_piece(Result<Claim> claimed) {
+    KT_TRY(Claim claim, std::move(claimed));
+    do {
+      write(claim);
+      const Status status = claim.submit();
+      read(claim);
+      if (!status.ok()) return status;
+    } while (claim.next());
+    return ok_status();
+  }
 };
 
 inline std::size_t count_verb(const FakeDaemon& daemon, shm::Verb verb) {

@@ -86,7 +86,7 @@ TEST(Session, ACallLargerThanTheArenaIsSplitAndGivesTheSame) {
   EXPECT_EQ(daemon.num_live_activations(), 3u);
 
   const std::vector<float> first_y = std::exchange(call.y, std::vector<float>(call.y.size()));
-  ASSERT_TRUE(session->fetch(act_id, call.num_tokens, call.y.data()).ok());
+  ASSERT_TRUE(call.fetch(*session, act_id).ok());
   EXPECT_EQ(call.y, first_y);
 
   ASSERT_TRUE(call.backward(*session, act_id, shm::kKeep | shm::kAccumulate).ok());
@@ -117,8 +117,8 @@ TEST(Session, NoTokensAreStillARequest) {
   FakeDaemon daemon;
   const auto session = connect(daemon);
   const std::uint64_t act_id = session->new_act_id();
-  ASSERT_TRUE(session->forward(0, 1, act_id, 0, 0, nullptr, nullptr, nullptr, nullptr).ok());
-  ASSERT_TRUE(session->backward(act_id, shm::kAccumulate, 0, nullptr, nullptr, nullptr).ok());
+  ASSERT_TRUE(session->claim(ForwardCall{.adapter_id = 1, .act_id = act_id}).value().submit().ok());
+  ASSERT_TRUE(session->claim(BackwardCall{.act_id = act_id, .flags = shm::kAccumulate}).value().submit().ok());
   EXPECT_EQ(count_verb(daemon, shm::Verb::kBackward), 1u);
   EXPECT_EQ(daemon.num_live_activations(), 0u);
 }
@@ -164,7 +164,7 @@ TEST(Session, MistakesThatWouldEndTheSessionAreRefusedBeforeTheyAreSent) {
   const auto session = connect(daemon);
   Call call(model, 3, 5);
   const std::uint64_t act_id = session->new_act_id();
-  EXPECT_FALSE(session->forward(77, 0, 0, 0, 0, nullptr, nullptr, nullptr, nullptr).ok());
+  EXPECT_FALSE(session->claim(ForwardCall{.layer = 77}).ok());
   EXPECT_FALSE(call.forward(*session, 0, shm::kKeepY).ok());
   EXPECT_FALSE(call.forward(*session, act_id, shm::kAccumulate).ok());
   EXPECT_FALSE(session->step(1, 1, {}, std::vector<std::uint8_t>(3)).ok());
@@ -173,7 +173,7 @@ TEST(Session, MistakesThatWouldEndTheSessionAreRefusedBeforeTheyAreSent) {
   EXPECT_TRUE(daemon.requests().empty());
   ASSERT_TRUE(call.forward(*session, act_id).ok());
   EXPECT_FALSE(call.forward(*session, act_id).ok());
-  EXPECT_FALSE(session->backward(act_id, 0, 2, call.dy.data(), call.dx.data(), call.dw.data()).ok());
+  EXPECT_FALSE(session->claim(BackwardCall{.act_id = act_id, .num_tokens = 2}).ok());
   EXPECT_EQ(daemon.requests().size(), 1u);
 }
 
