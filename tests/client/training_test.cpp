@@ -1,6 +1,7 @@
 // C++ ranks, each a process, train an adapter through the real daemon, and match the whole training in double.
 #include <algorithm>
 #include <cmath>
+#include <sstream>
 
 #include "tests/client/daemon_fixture.h"
 #include "tests/client/reference_training.h"
@@ -105,6 +106,17 @@ TEST_F(DaemonFixture, TheFirstStepInBf16MeetsTheSumOfItsStagesTolerances) {
     expect_close({{key, results[0].first.at(key)}}, {{key, want}}, is_last_layer ? kLastLayer : kFirstLayer,
                  key.c_str());
   }
+}
+
+TEST_F(DaemonFixture, TheExampleOfTheReadmeTrains) {
+  ASSERT_NO_FATAL_FAILURE(start_daemon(true));
+  ChildProcess example({KT_EXAMPLE_RANK_PATH, address()}, directory_.file("example.log"));
+  EXPECT_EQ(example.wait(), 0) << example.log();
+  std::istringstream lines(example.log());
+  std::vector<double> losses;
+  for (std::string line; std::getline(lines, line);) losses.push_back(std::stod(line.substr(line.rfind(' '))));
+  ASSERT_EQ(losses.size(), 10u) << example.log();
+  EXPECT_LT(losses.back(), 0.9 * losses.front()) << example.log();
 }
 
 }  // namespace
