@@ -135,7 +135,7 @@ void Session::State::try_send_releases() {
   activations.give_back(std::move(released));
 }
 
-Result<TensorShape> Session::State::tensor_shape(std::uint32_t adapter_id, const TensorRef& ref) const {
+Result<shm::TensorShape> Session::State::tensor_shape(std::uint32_t adapter_id, const TensorRef& ref) const {
   const std::string name = "tensor " + std::to_string(static_cast<unsigned>(ref.tensor)) + " of adapter " +
                            std::to_string(adapter_id) + ", layer " + std::to_string(ref.layer);
   const std::lock_guard lock(specs_mutex);
@@ -145,30 +145,10 @@ Result<TensorShape> Session::State::tensor_shape(std::uint32_t adapter_id, const
                  "call create_adapter with that layer first"};
   }
   const AdapterSpec& spec = found->second;
-  const std::uint64_t hidden = connection.model.hidden_size;
-  const std::uint64_t intermediate = connection.model.intermediate_size;
-  TensorShape shape;
-  switch (ref.tensor) {
-    case shm::AdapterTensor::kGateA:
-      shape = {spec.gate_up.r, hidden};
-      break;
-    case shm::AdapterTensor::kGateB:
-      shape = {intermediate, spec.gate_up.r};
-      break;
-    case shm::AdapterTensor::kUpA:
-      shape = {spec.shared_a ? 0 : spec.gate_up.r, hidden};
-      break;
-    case shm::AdapterTensor::kUpB:
-      shape = {intermediate, spec.gate_up.r};
-      break;
-    case shm::AdapterTensor::kDownA:
-      shape = {spec.down.r, intermediate};
-      break;
-    case shm::AdapterTensor::kDownB:
-      shape = {hidden, spec.down.r};
-      break;
-  }
-  if (shape.rows * shape.cols != 0) return shape;
+  const shm::TensorShape shape = shm::tensor_shape(
+      {connection.model.hidden_size, connection.model.intermediate_size, spec.gate_up.r, spec.shared_a, spec.down.r},
+      ref.tensor);
+  if (shape.size() != 0) return shape;
   return Error{ErrorCode::kNotFound, name + " does not exist",
                "the adapter has gate_up r = " + std::to_string(spec.gate_up.r) +
                    (spec.shared_a ? " with one A for gate and up" : "") + ", down r = " + std::to_string(spec.down.r),

@@ -41,12 +41,6 @@ struct CopyOut {
   void* to;
 };
 
-// Rows and columns of one expert's tensor.
-struct TensorShape {
-  std::uint64_t rows = 0;
-  std::uint64_t cols = 0;
-};
-
 struct Session::State {
   explicit State(Connection opened);
   ~State();
@@ -71,7 +65,7 @@ struct Session::State {
   void try_send_releases();
 
   // The shape of an adapter tensor created in this session; an error when there is none.
-  Result<TensorShape> tensor_shape(std::uint32_t adapter_id, const TensorRef& ref) const;
+  Result<shm::TensorShape> tensor_shape(std::uint32_t adapter_id, const TensorRef& ref) const;
 
   shm::PayloadShape payload_shape() const {
     return {connection.model.hidden_size, connection.model.top_k, connection.model.element_bytes};

@@ -15,9 +15,9 @@ template <class State, class Send>
 Status each_tensor_chunk(State& state, Verb verb, std::uint32_t adapter_id, const TensorRef& ref, std::size_t count,
                          const Send& send) {
   KT_TRY_STATUS(state.check_usable());
-  KT_TRY(const TensorShape shape, state.tensor_shape(adapter_id, ref));
+  KT_TRY(const shm::TensorShape shape, state.tensor_shape(adapter_id, ref));
   const bool is_t = ref.kind == shm::TensorKind::kT;
-  const std::uint64_t expert_floats = is_t ? 1 : shape.rows * shape.cols;
+  const std::uint64_t expert_floats = is_t ? 1 : static_cast<std::uint64_t>(shape.size());
   const std::uint64_t num_experts = is_t ? 1 : ref.num_experts;
   const std::uint64_t first_expert = is_t ? 0 : ref.first_expert;
   if (first_expert + num_experts > state.connection.model.num_experts || count != num_experts * expert_floats) {
@@ -46,7 +46,7 @@ Status each_tensor_chunk(State& state, Verb verb, std::uint32_t adapter_id, cons
     request.tensor = ref.tensor;
     request.first_expert = static_cast<std::uint32_t>(first_expert + done);
     request.num_experts = static_cast<std::uint32_t>(chunk);
-    const shm::TensorPayload payload(chunk, is_t ? 1 : shape.rows, is_t ? 1 : shape.cols);
+    const shm::TensorPayload payload(ref.kind, chunk, shape);
     KT_TRY_STATUS(send(request, payload, done * expert_floats));
     done += chunk;
   }

@@ -5,6 +5,7 @@
 
 #include "shm/base/align.h"
 #include "shm/protocol.h"
+#include "shm/tensor_shape.h"
 
 namespace kt::shm {
 
@@ -72,8 +73,9 @@ struct TensorPayload {
   Part values;
   std::uint64_t bytes = 0;
 
-  TensorPayload(std::uint64_t num_experts, std::uint64_t rows, std::uint64_t cols) {
-    values = internal::append(bytes, num_experts * rows * cols * 4);
+  TensorPayload(TensorKind kind, std::uint64_t num_experts, const TensorShape& shape) {
+    const std::uint64_t expert_floats = kind == TensorKind::kT ? 1 : static_cast<std::uint64_t>(shape.size());
+    values = internal::append(bytes, num_experts * expert_floats * 4);
   }
 };
 

@@ -129,10 +129,8 @@ Fault check_request(const shm::Request& request, const ExpertDims& dims, std::ui
   return check_payload(request, payload_bytes(request, dims), arena_bytes);
 }
 
-Fault check_tensor(const shm::Request& request, const TensorShape& shape, std::uint64_t arena_bytes) {
-  const bool is_t = request.kind == shm::TensorKind::kT;
-  const shm::TensorPayload payload(request.num_experts, is_t ? 1 : static_cast<std::uint64_t>(shape.rows),
-                                   is_t ? 1 : static_cast<std::uint64_t>(shape.cols));
+Fault check_tensor(const shm::Request& request, const shm::TensorShape& shape, std::uint64_t arena_bytes) {
+  const shm::TensorPayload payload(request.kind, request.num_experts, shape);
   return check_payload(request, payload.bytes, arena_bytes);
 }
 

@@ -25,7 +25,7 @@ shm::PayloadShape payload_shape(const ExpertDims& dims);
 // see check_tensor).
 Fault check_request(const shm::Request& request, const ExpertDims& dims, std::uint64_t arena_bytes);
 // READ, WRITE: the payload of a tensor of this shape lies inside the arena.
-Fault check_tensor(const shm::Request& request, const TensorShape& shape, std::uint64_t arena_bytes);
+Fault check_tensor(const shm::Request& request, const shm::TensorShape& shape, std::uint64_t arena_bytes);
 
 // FORWARD: copies [T, top_k] ids and checks that each is 0…E.
 Fault copy_ids(const shm::Segment& segment, const shm::Request& request, const ExpertDims& dims,

@@ -46,20 +46,17 @@ Error layer_error(std::uint32_t layer, const std::string& why) {
 }
 
 void set_shapes(Adapter::Layer& layer, const ExpertDims& dims) {
-  const std::int64_t hidden = dims.hidden_size;
-  const std::int64_t intermediate = dims.intermediate_size;
+  const shm::LoraSizes sizes{dims.hidden_size, dims.intermediate_size, layer.spec.gate_up.r, layer.spec.shared_a,
+                             layer.spec.down.r};
+  for (std::size_t i = 0; i < layer.tensors.size(); ++i) {
+    layer.tensors[i].shape = shm::tensor_shape(sizes, static_cast<AdapterTensor>(i));
+  }
   if (const std::int64_t r = layer.spec.gate_up.r; r > 0) {
-    layer.tensor(AdapterTensor::kGateA).shape = {r, hidden};
-    if (!layer.spec.shared_a) layer.tensor(AdapterTensor::kUpA).shape = {r, hidden};
-    layer.tensor(AdapterTensor::kGateB).shape = {intermediate, r};
-    layer.tensor(AdapterTensor::kUpB).shape = {intermediate, r};
     const std::int64_t rank = pad(layer.spec.shared_a ? r : 2 * r);
     layer.parts[Adapter::Layer::kGateUpA] = {nullptr, 0, rank / kPanelRows, dims.hidden_padded()};
     layer.parts[Adapter::Layer::kGateUpB] = {nullptr, 0, 2 * dims.intermediate_padded() / kPanelRows, rank};
   }
   if (const std::int64_t r = layer.spec.down.r; r > 0) {
-    layer.tensor(AdapterTensor::kDownA).shape = {r, intermediate};
-    layer.tensor(AdapterTensor::kDownB).shape = {hidden, r};
     layer.parts[Adapter::Layer::kDownA] = {nullptr, 0, pad(r) / kPanelRows, dims.intermediate_padded()};
     layer.parts[Adapter::Layer::kDownB] = {nullptr, 0, dims.hidden_padded() / kPanelRows, pad(r)};
   }
@@ -178,10 +175,10 @@ bool Adapter::same_specs(const Adapter& other) const {
                     other.state_->layers.end(), same);
 }
 
-std::optional<TensorShape> Adapter::shape(std::uint32_t wire, AdapterTensor tensor) const {
+std::optional<shm::TensorShape> Adapter::shape(std::uint32_t wire, AdapterTensor tensor) const {
   const Layer* found = layer(wire);
   if (found == nullptr || static_cast<std::size_t>(tensor) >= found->tensors.size()) return std::nullopt;
-  const TensorShape shape = found->tensor(tensor).shape;
+  const shm::TensorShape shape = found->tensor(tensor).shape;
   return shape.rows > 0 ? std::optional(shape) : std::nullopt;
 }
 

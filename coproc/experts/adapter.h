@@ -18,6 +18,7 @@
 #include "coproc/experts/worker_pool.h"
 #include "shm/base/result.h"
 #include "shm/protocol.h"
+#include "shm/tensor_shape.h"
 
 namespace kt::coproc {
 
@@ -33,11 +34,6 @@ struct AdapterLayerSpec {
   friend bool operator==(const AdapterLayerSpec&, const AdapterLayerSpec&) = default;
 };
 
-struct TensorShape {
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-};
-
 class Adapter {
  public:
   Adapter(const ExpertDims& dims, const kernels::KernelTable& table);
@@ -50,7 +46,7 @@ class Adapter {
   bool same_specs(const Adapter& other) const;              // Layer by layer.
 
   // Per-expert shape of a tensor, nullopt when it does not exist (see AdapterTensor).
-  std::optional<TensorShape> shape(std::uint32_t layer, shm::AdapterTensor tensor) const;
+  std::optional<shm::TensorShape> shape(std::uint32_t layer, shm::AdapterTensor tensor) const;
 
   // values: f32[num_experts, rows, cols] (kT: one float). The caller has validated layer, tensor and range.
   void read(shm::TensorKind kind, std::uint32_t layer, shm::AdapterTensor tensor, std::uint32_t first_expert,

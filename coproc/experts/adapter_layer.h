@@ -31,8 +31,8 @@ struct LoraRank {
 struct Adapter::Layer {
   // f32 [num_experts, rows, cols] each; rows = 0: the tensor does not exist.
   struct Tensor {
-    std::int64_t expert_size() const { return shape.rows * shape.cols; }
-    TensorShape shape;
+    std::int64_t expert_size() const { return shape.size(); }
+    shm::TensorShape shape;
     float* p = nullptr;
     float* s = nullptr;
     float* m = nullptr;  // m and v are zero and take no memory until the first step or write.

@@ -23,8 +23,6 @@ class Session:
     def model(self) -> dict[str, Any]:
         """path, architecture, fingerprint, weight_format, daemon_id, daemon_pid, num_layers, num_experts, top_k,
         hidden_size, intermediate_size, moe_layers, element_bytes."""
-    @property
-    def alive(self) -> bool: ...
     def close(self) -> None: ...
     def create_adapter(
         self,
@@ -42,12 +40,12 @@ class Session:
     ) -> int:
         """Returns the job's step."""
     def read(self, adapter: int, kind: int, layer: int, tensor: int, out: torch.Tensor) -> None:
-        """out: contiguous float32 CPU [num_experts, rows, cols] (kind 4, the step count: [1]). kind: 0 param, 1 grad,
-        2 exp_avg, 3 exp_avg_sq, 4 t. tensor: shm::AdapterTensor."""
+        """out: contiguous float32 CPU [num_experts, rows, cols] (kind T, the step count: [1]). kind and tensor are
+        numbers of wire.pyi."""
     def write(self, adapter: int, kind: int, layer: int, tensor: int, values: torch.Tensor) -> None: ...
     def barrier(self, adapter: int) -> None: ...
     def squared_norm(self, adapter: int, group_of: bytes) -> float:
-        """group_of: u8[num_layers][6]; 255 leaves a tensor out."""
+        """group_of: u8[num_layers][NUM_TENSORS] of wire.pyi; FROZEN leaves a tensor out."""
     def discard(self, adapter: int) -> None: ...
     def step(
         self,
@@ -57,8 +55,6 @@ class Session:
         group_of: bytes,
     ) -> None:
         """groups: (lr, beta1, beta2, eps, weight_decay, decoupled)."""
-    @property
-    def steps(self) -> int: ...
     @property
     def accumulated(self) -> set[int]:
         """Adapters for which an accumulating BACKWARD was sent since the last successful step or discard of them."""
@@ -70,12 +66,11 @@ class Session:
 # hidden [T,H] any float dtype and device; topk_ids [T,k] int64 (ids >= E contribute zero, negative raise);
 # topk_weights [T,k]. y has hidden's dtype and device. ticket: int64[1] CPU tensor that owns the daemon's activation
 # (its storage's deleter sends RELEASE unless a backward consumed it); value 0 = nothing kept.
-# mode 0: keep an activation iff autograd will need it. mode 1 (RECORD): keep it with KEEP_Y, also when grad is off.
-# mode 2 (REPLAY): `ticket` is given; FETCH its y instead of a forward, and let autograd's backward use it.
+# mode (of wire.pyi) AUTO: keep an activation iff autograd will need it. RECORD: keep it with KEEP_Y, also when grad is
+# off.
+# REPLAY: `ticket` is given; FETCH its y instead of a forward, and let autograd's backward use it.
 # Autograd: gradients for hidden and topk_weights, zeros for anchor; nothing is saved as a saved tensor (the ticket lies
 # in ctx->saved_data), so non-reentrant checkpointing needs no recompute of it. In backward, adapter > 0: ACCUMULATE iff
 # the engine will execute the anchor's AccumulateGrad node (torch._C._will_engine_execute_node's rule: .backward() yes,
 # autograd.grad() no); KEEP iff the graph is retained. A second backward without retain_graph raises as the daemon says.
 # Meta/fake kernel: y like hidden, ticket int64[1].
-RECORD: int
-REPLAY: int

@@ -28,7 +28,7 @@ import torch
 
 from .connection import Client, Connection
 from .membership import lowest_values
-from .wire import DOWN_A, DOWN_B, FROZEN, GATE_A, GATE_B, NUM_TENSORS, PARAM, UP_B, T
+from .wire import DOWN_A, DOWN_B, FROZEN, GATE_A, GATE_B, NUM_TENSORS, PARAM, UP_B, T, tensor_shape
 
 if TYPE_CHECKING:
     from . import _native
@@ -81,10 +81,12 @@ class LoraTensor:
         return self.layer, self.wire_tensors[0]
 
     def _wire_shape(self) -> tuple[int, int, int]:
-        num_experts = self.adapter.num_experts
-        if self.side == SIDE_A:
-            return num_experts, self.shape[0] // num_experts, self.shape[1]
-        return num_experts, self.shape[0] // len(self.wire_tensors), self.shape[1] // num_experts
+        model = self.adapter.connection.model
+        gate_up, down = self.adapter.halves(self.layer)
+        rows, columns = tensor_shape(
+            self.wire_tensors[0], model["hidden_size"], model["intermediate_size"], gate_up.r, gate_up.r > 0, down.r
+        )
+        return self.adapter.num_experts, rows, columns
 
     def read(self, kind: int = PARAM) -> torch.Tensor:
         """float32 on the CPU, in PEFT's shape: parameters, gradient sums or moments, as of the last step."""
@@ -202,6 +204,11 @@ class Adapter:
         """Those that still exist, in an order that is the same on every rank."""
         return sorted(self._tensors.values(), key=lambda tensor: tensor.sort_key)
 
+    def halves(self, layer: int) -> tuple[HalfSpec, HalfSpec]:
+        """gate_up and down."""
+        specs = self.specs[layer]
+        return specs.get(GATE_UP, _UNADAPTED), specs.get(DOWN, _UNADAPTED)
+
     def has(self, layer: int, half: str) -> bool:
         return half in self.specs.get(layer, {})
 
@@ -229,8 +236,7 @@ class Adapter:
             weakref.finalize(self, self._connection.doom, self.id).atexit = False
         by_spec: dict[tuple[HalfSpec, HalfSpec], list[int]] = {}
         for layer in missing:
-            halves = self.specs[layer]
-            by_spec.setdefault((halves.get(GATE_UP, _UNADAPTED), halves.get(DOWN, _UNADAPTED)), []).append(layer)
+            by_spec.setdefault(self.halves(layer), []).append(layer)
         for (gate_up, down), same in by_spec.items():
             for first in range(0, len(same), _LAYERS_PER_PACKET):
                 part = same[first : first + _LAYERS_PER_PACKET]

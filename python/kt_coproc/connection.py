@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import environment, errors
+from . import environment, errors, wire
 from .membership import Membership
 
 if TYPE_CHECKING:
@@ -41,7 +41,14 @@ def _extension() -> ModuleType:
             f"{error}{_built_for()}",
             "install kt-coproc again, with the torch you use in the same environment",
         ) from error
-    _native.set_exceptions(errors.BY_CODE, errors.CoprocError)
+    by_code = {
+        wire.RANK_DIED: errors.RankDied,
+        wire.COPROC_DIED: errors.CoprocDied,
+        wire.DISAGREEMENT: errors.Disagreement,
+        wire.ACTIVATION_LIMIT: errors.ActivationLimit,
+        wire.MODEL_MISMATCH: errors.CoprocModelMismatch,
+    }
+    _native.set_exceptions(by_code, errors.CoprocError)
     return _native
 
 

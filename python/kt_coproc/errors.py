@@ -27,16 +27,6 @@ class CoprocModelMismatch(CoprocError):
     """A checkpoint with routed experts is not the one the daemon serves. Names both."""
 
 
-# kt::ErrorCode (shm/base/result.h) -> class. Every other code is a CoprocError.
-BY_CODE: dict[int, type[BaseException]] = {
-    4: RankDied,
-    5: CoprocDied,
-    6: Disagreement,
-    8: ActivationLimit,
-    9: CoprocModelMismatch,
-}
-
-
 def three_lines(what: str, why: str, fix: str) -> str:
     """The text of every error of the project."""
     return f"error: {what}\n  why: {why}\n  fix: {fix}"

@@ -13,7 +13,7 @@ from torch import nn
 from . import errors, job, placeholder, replay, scopes
 from .adapter import Adapter, Binding
 from .connection import Connection
-from .wire import PLAIN, RECORD, REPLAY
+from .wire import AUTO, RECORD, REPLAY
 
 
 def without_compilation(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +77,7 @@ class RemoteExperts(nn.Module):
         replayed = replay.replayed(layer, shape)
         ticket = replayed.ticket if replayed is not None else None
         recording = replay.recording()
-        mode = REPLAY if ticket is not None else RECORD if recording else PLAIN
+        mode = REPLAY if ticket is not None else RECORD if recording else AUTO
         output: torch.Tensor
         output, kept = torch.ops.kt_coproc.experts(
             hidden_states,

@@ -7,7 +7,6 @@
 
 #include "client/session.h"
 #include "python/src/errors.h"
-#include "python/src/experts_op.h"
 #include "python/src/sessions.h"
 
 namespace kt::python {
@@ -155,16 +154,12 @@ void step(const PySession& self, std::uint32_t adapter, double scale, const std:
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "kt_coproc's extension: see _native.pyi";
-  module.attr("RECORD") = static_cast<std::int64_t>(kRecord);
-  module.attr("REPLAY") = static_cast<std::int64_t>(kReplay);
   module.def("set_exceptions", &set_exceptions, py::arg("by_code"), py::arg("default"));
   py::class_<PySession>(module, "Session")
       .def(py::init<const std::string&, const std::string&, const std::string&>(), py::arg("address"),
            py::arg("fingerprint"), py::arg("name"))
       .def_property_readonly("handle", [](const PySession& self) { return self.open().handle; })
       .def_property_readonly("model", &model_dict)
-      .def_property_readonly("alive", [](const PySession& self) { return self.get().daemon_alive(); })
-      .def_property_readonly("steps", [](const PySession& self) { return self.get().steps(); })
       .def_property_readonly("accumulated", [](const PySession& self) { return self.open().accumulated(); })
       .def("close", &PySession::close)
       .def("create_adapter", &create_adapter, py::arg("adapter"), py::arg("layers"), py::arg("gate_up_r"),

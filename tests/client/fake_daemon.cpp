@@ -278,7 +278,8 @@ void FakeDaemon::read_or_write(const shm::Request& request) {
   const std::uint64_t width =
       is_a || request.tensor == shm::AdapterTensor::kDownB ? model_.hidden_size : model_.intermediate_size;
   const std::uint64_t elements = request.kind == shm::TensorKind::kT ? 1 : width * adapter_r_;
-  float* value = floats(request, shm::TensorPayload(request.num_experts, elements, 1).values);
+  const shm::TensorShape shape{static_cast<std::int64_t>(elements), 1};
+  float* value = floats(request, shm::TensorPayload(request.kind, request.num_experts, shape).values);
   for (std::uint32_t expert = request.first_expert; expert < request.first_expert + request.num_experts; ++expert) {
     std::vector<float>& values = values_[expert];
     values.resize(elements);
