@@ -4,12 +4,12 @@ Errors: every method raises the exception class registered with `set_exceptions`
 three-line text (what failed / why / fix).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-def set_exceptions(by_code: dict[int, type[BaseException]], default: type[BaseException]) -> None:
+def set_exceptions(by_code: Mapping[int, type[BaseException]], default: type[BaseException]) -> None:
     """by_code: kt::ErrorCode value (shm/base/result.h) -> exception class."""
 
 class Session:

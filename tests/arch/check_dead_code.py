@@ -46,7 +46,9 @@ def dead_cxx(root: pathlib.Path, files: list[pathlib.Path]) -> list[str]:
 
 def dead_files(root: pathlib.Path, files: list[pathlib.Path], cmake: list[pathlib.Path]) -> list[str]:
     compiled = " ".join((root / path).read_text() for path in cmake)
-    included = {name for path in files for name in re.findall(r'#include "([^"]+)"', (root / path).read_text())}
+    included = {
+        name for path in files for name in re.findall(r'#(?:include|define \w+) "([^"]+)"', (root / path).read_text())
+    }
     bad = []
     for path in files:
         if path.suffix == ".cpp" and not re.search(rf"\b{re.escape(path.name)}", compiled):
