@@ -11,7 +11,7 @@
 #include "coproc/bench/other_load.h"
 #include "coproc/bench/routing.h"
 #include "coproc/bench/synthetic_layers.h"
-#include "coproc/experts/expert_layer.h"
+#include "coproc/experts/expert_compute.h"
 #include "coproc/machine/memory_room.h"
 #include "kernels/formats.h"
 

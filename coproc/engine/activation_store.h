@@ -5,7 +5,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "coproc/experts/expert_layer.h"
+#include "coproc/experts/expert_compute.h"
 
 namespace kt::coproc {
 

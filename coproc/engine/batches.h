@@ -6,7 +6,7 @@
 #include "coproc/engine/activations.h"
 #include "coproc/engine/fair_share.h"
 #include "coproc/engine/heads.h"
-#include "coproc/experts/expert_layer.h"
+#include "coproc/experts/expert_compute.h"
 
 namespace kt::coproc {
 

@@ -10,7 +10,7 @@
 
 #include "coproc/engine/commands.h"
 #include "coproc/experts/dims.h"
-#include "coproc/experts/expert_layer.h"
+#include "coproc/experts/expert_compute.h"
 #include "shm/base/result.h"
 #include "shm/status_page.h"
 

@@ -219,10 +219,6 @@ bool Adapter::has_gradients() const {
                      [](const auto& layer) { return layer != nullptr && layer->touched; });
 }
 
-void Adapter::mark_touched(std::uint32_t wire) {
-  if (Layer* found = layer(wire); found != nullptr) found->touched = true;
-}
-
 std::uint64_t Adapter::parameter_bytes() const {
   std::uint64_t bytes = 0;
   state_->for_each_layer([&](std::size_t, const Layer& layer) {

@@ -4,7 +4,7 @@
 //
 // Invariants
 //   I1  P changes only in step() and write(kParam); the packed copies follow at once.
-//   I2  S changes only in expert_backward, step(), discard() (zero) and write(kGrad) (replaces).
+//   I2  S changes only in ExpertCompute::backward, step(), discard() (zero) and write(kGrad) (replaces).
 //   I7  step() leaves a tensor alone whose layer saw neither a backward nor write(kGrad) since the last step or
 //       discard; of a layer that ran, all experts move.
 #pragma once
@@ -60,14 +60,13 @@ class Adapter {
   // torch.optim.AdamW / Adam on g = header.scale · S for every touched tensor with a group; then S = 0, untouched.
   void step(const shm::StepHeader& header, std::span<const std::uint8_t> group_of, WorkerPool& pool);
 
-  bool has_gradients() const;              // A layer is touched.
-  void mark_touched(std::uint32_t layer);  // A backward of the layer completed (T = 0 counts).
+  bool has_gradients() const;  // A layer is touched: by write(kGrad), or by a backward (T = 0 counts).
 
   std::uint64_t parameter_bytes() const;  // P and the packed copies.
   std::uint64_t gradient_bytes() const;
   std::uint64_t optimizer_bytes() const;  // m and v; allocated with the first step or write of them.
 
-  struct Layer;                                   // For expert_forward / expert_backward.
+  struct Layer;                                   // For ExpertCompute.
   const Layer* layer(std::uint32_t layer) const;  // nullptr: not adapted.
   Layer* layer(std::uint32_t layer);
 

@@ -1,19 +1,37 @@
-// The stages' shares of traffic.h.
 #include "coproc/experts/traffic.h"
 
-#include "coproc/experts/layer_state.h"
+#include <algorithm>
+
+#include "coproc/experts/products.h"
+#include "coproc/experts/schedule.h"
+#include "coproc/experts/stage.h"
 
 namespace kt::coproc {
 namespace {
 
 using kernels::kPanelRows;
-using shm::AdapterTensor;
 
 constexpr std::int64_t kFloatBytes = sizeof(float);
+constexpr std::int64_t kPieceBytes = 65536;  // Of a transposed matrix, two of 32 KiB: the one at work and the next.
 
-template <class AnyPanels>
-std::int64_t bytes_of(const AnyPanels& w) {
-  return w.num_panels * w.stride;
+// Of a row of an operand that is rows, without what pads an array's rows. Those of LoRA's rank, and dw, are left out.
+std::int64_t row_bytes(const Pass& pass, Operands operand) {
+  if ((operand & (kInput | kGradOutput)) != 0) return pass.hidden * pass.element_bytes;
+  if ((operand & (kX | kDy | kOut)) != 0) return pass.hidden_padded * pass.element_bytes;
+  if ((operand & kZ) != 0) return pass.intermediate_padded * pass.element_bytes;
+  if ((operand & (kGateUp | kKept)) != 0) return 2 * pass.intermediate_padded * pass.element_bytes;
+  return 0;
+}
+
+// Whether the stage reads what an earlier one wrote, not what it has just written itself.
+bool reads_earlier(const Stage& stage, Operands array) {
+  return (stage.reads & array) != 0 && (stage.division != Division::kRows || (stage.writes & array) == 0);
+}
+
+std::int64_t sums_bytes(const Pass& pass, std::size_t first, std::size_t end) {
+  std::int64_t floats = 0;
+  for (std::size_t n = first; n < end; ++n) floats += pass.accumulate_to->tensors[n].expert_size();
+  return 2 * floats * kFloatBytes;
 }
 
 }  // namespace
@@ -25,176 +43,111 @@ std::string_view stage_name(StageId stage) {
   return kNames[static_cast<std::size_t>(stage)];
 }
 
-// The account of one expert, or of one block of one that a worker computes whole.
-class ExpertCompute::Account {
- public:
-  Account(State& state, const Pass& pass, std::int32_t expert, std::int64_t num_rows, int num_sharing)
-      : s_(state),
-        pass_(pass),
-        expert_(expert),
-        rows_(num_rows),
-        num_sharing_(num_sharing),
-        hidden_(num_rows * s_.hp * s_.eb),
-        intermediate_(num_rows * s_.ip * s_.eb),
-        gate_up_(2 * intermediate_) {}
-
-  void forward(std::int64_t num_kept) const;
-  void backward() const;
-
- private:
-  bool is_whole() const { return num_sharing_ == 0; }
-  Traffic::Stage& at(StageId stage) const { return s_.traffic[stage]; }
-  bool fits(std::int64_t bytes) const { return bytes <= s_.table.l2_bytes; }
-  // Bytes of rows that a stage of products reads: nothing if they are in L2 already and stay there, once if they fit
-  // there, once per pair of panels otherwise.
-  std::int64_t rows_read(std::int64_t bytes, bool are_there, std::int64_t panels, std::int64_t pair_bytes) const {
-    if (!fits(bytes + pair_bytes)) return bytes * (panels / State::kPair);
-    if (is_whole()) return are_there ? 0 : bytes;
-    return bytes * std::min<std::int64_t>(num_sharing_, panels / State::kPair);
-  }
-  std::int64_t unless(bool stays, std::int64_t bytes) const { return is_whole() && stays ? 0 : bytes; }
-  std::int64_t pair_bytes(std::int64_t k) const { return State::kPair * kernels::panel_stride_bytes(k, s_.eb); }
-  std::int64_t lora_bytes(LoraLayer::Part part) const {
-    return pass_.lora == nullptr ? 0 : bytes_of(pass_.lora->packed(part, expert_));
-  }
-  void gather(StageId stage, const LoraRank& rank, LoraLayer::Part part) const;
-  void gate_up(std::int64_t num_kept) const;
-  void gradients() const;
-
-  State& s_;
-  const Pass& pass_;
-  std::int32_t expert_;
-  std::int64_t rows_;
-  int num_sharing_;  // Workers that share the expert; 0: one computes it whole.
-  std::int64_t hidden_;
-  std::int64_t intermediate_;
-  std::int64_t gate_up_;
-};
-
-void ExpertCompute::Account::gather(StageId stage, const LoraRank& rank, LoraLayer::Part part) const {
-  at(stage).activation_bytes += rows_ * s_.h * s_.eb + unless(fits(hidden_), hidden_);
-  if (rank.width > 0) at(stage).lora_bytes += lora_bytes(part);
-}
-
-void ExpertCompute::Account::gate_up(std::int64_t num_kept) const {
-  const WeightMatrix w = s_.weights.gate_up(pass_.moe_index, static_cast<std::uint32_t>(expert_));
-  Traffic::Stage& stage = at(StageId::kGateUp);
-  stage.weight_bytes += bytes_of(w);
-  stage.activation_bytes += rows_read(hidden_, true, w.num_panels, pair_bytes(s_.hp)) +
-                            unless(fits(hidden_ + intermediate_), intermediate_) + num_kept * 2 * s_.ip * s_.eb;
-  if (s_.rank_a.width > 0) stage.lora_bytes += lora_bytes(LoraLayer::kGateUpB);
-}
-
-void ExpertCompute::Account::forward(std::int64_t num_kept) const {
-  gather(StageId::kGatherX, s_.rank_a, LoraLayer::kGateUpA);
-  gate_up(num_kept);
-  const bool z_stays = fits(hidden_ + intermediate_);
-  if (s_.rank_d.width > 0) {
-    at(StageId::kProjectZ).activation_bytes += unless(z_stays, intermediate_);
-    at(StageId::kProjectZ).lora_bytes += lora_bytes(LoraLayer::kDownA);
-    at(StageId::kDown).lora_bytes += lora_bytes(LoraLayer::kDownB);
-  }
-  const WeightMatrix w = s_.weights.down(pass_.moe_index, static_cast<std::uint32_t>(expert_));
-  at(StageId::kDown).weight_bytes += bytes_of(w);
-  at(StageId::kDown).activation_bytes +=
-      rows_read(intermediate_, z_stays || s_.rank_d.width > 0, w.num_panels, pair_bytes(s_.ip)) + hidden_;
-}
-
-void ExpertCompute::Account::backward() const {
-  const bool adapts = pass_.accumulate_to != nullptr;
-  if (pass_.recompute) {
-    gather(StageId::kGatherX, s_.rank_a, LoraLayer::kGateUpA);
-    gate_up(rows_);
-  }
-  const std::int64_t piece_bytes = 65536;  // Two of 32 KiB: the one at work and the next.
-  gather(StageId::kGatherDy, s_.rank_d, LoraLayer::kDownB);
-  const WeightMatrix down = s_.weights.down(pass_.moe_index, static_cast<std::uint32_t>(expert_));
-  const bool all_stays = fits(hidden_ + gate_up_ + (adapts ? intermediate_ : 0) + piece_bytes);
-  Traffic::Stage& p = at(StageId::kDifferentiate);
-  p.weight_bytes += bytes_of(down);
-  p.activation_bytes += rows_read(hidden_, true, s_.ip / kPanelRows, piece_bytes) + gate_up_ +
-                        unless(all_stays, gate_up_ + (adapts ? intermediate_ : 0));
-  if (s_.rank_d.width > 0) p.lora_bytes += lora_bytes(LoraLayer::kDownA);
-  Traffic::Stage& finish = at(StageId::kFinishRows);
-  if (adapts && s_.rank_d.width > 0) {
-    finish.activation_bytes += unless(all_stays, intermediate_);
-    finish.lora_bytes += lora_bytes(LoraLayer::kDownA);
-  }
-  if (s_.rank_a.width > 0) {
-    finish.activation_bytes += unless(all_stays, gate_up_);
-    finish.lora_bytes += lora_bytes(LoraLayer::kGateUpB);
-  }
-  const WeightMatrix w = s_.weights.gate_up(pass_.moe_index, static_cast<std::uint32_t>(expert_));
-  Traffic::Stage& dx = at(StageId::kGradX);
-  dx.weight_bytes += bytes_of(w);
-  dx.activation_bytes +=
-      rows_read(gate_up_, all_stays || s_.rank_a.width > 0, s_.hp / kPanelRows, piece_bytes) + hidden_;
-  if (s_.rank_a.width > 0) dx.lora_bytes += lora_bytes(LoraLayer::kGateUpA);
-  if (adapts) gradients();
-}
-
-void ExpertCompute::Account::gradients() const {
-  const LoraLayer& lora = *pass_.accumulate_to;
-  Traffic::Stage& stage = at(StageId::kLoraGradients);
-  const bool all_stays = fits(2 * hidden_ + gate_up_ + intermediate_);
-  if (s_.rank_a.width > 0) {
-    stage.activation_bytes += pass_.recompute ? unless(all_stays, hidden_) : rows_ * s_.h * s_.eb;
-    stage.activation_bytes += unless(fits(hidden_ + gate_up_), gate_up_);
-    if (!pass_.recompute) stage.lora_bytes += lora_bytes(LoraLayer::kGateUpA);
-  }
-  if (s_.rank_d.width > 0) stage.activation_bytes += unless(all_stays, hidden_ + intermediate_);
-  for (const AdapterTensor which : kAdapterTensors) {
-    if (lora.tensor(which).shape.rows > 0) stage.lora_bytes += 2 * lora.tensor(which).expert_size() * kFloatBytes;
+Account::Account(const Pass& pass, const std::vector<Stage>& stages, Traffic& traffic)
+    : pass_(pass), stages_(stages), traffic_(traffic), live_bytes_(stages.size(), 0) {
+  for (std::size_t writer = 0; writer < stages.size(); ++writer) {
+    for_each_operand(stages[writer].writes & kArrays, [&](Operand array) { add_value(writer, array); });
   }
 }
 
-// Calls visit(expert, rows, sharing workers) for every block of the whole experts and every shared expert.
-template <class Visit>
-void ExpertCompute::State::for_each_account(const Visit& visit) const {
-  for (std::size_t n = 0; n < nodes.size(); ++n) {
-    for (const std::int32_t expert : nodes[n].plan.whole) {
-      const RowBlocks blocks(routes.rows_of(expert), rows_max);
-      for (std::int64_t b = 0; b < blocks.num_blocks; ++b) visit(expert, blocks.begin(b), blocks.begin(b + 1), 0);
+// The life of what stage `writer` writes to an array.
+void Account::add_value(std::size_t writer, std::uint32_t array) {
+  if (row_bytes(pass_, array) == 0) return;
+  std::size_t last = writer;
+  std::size_t end = writer + 1;  // Of those that may read it.
+  while (end < stages_.size()) {
+    if (reads_earlier(stages_[end], array)) last = end;
+    if ((stages_[end++].writes & array) != 0) break;
+  }
+  accesses_.push_back({writer, array, true, writer, last});
+  for (std::size_t reader = writer; reader < end; ++reader) {
+    const bool reads = reader == writer ? (stages_[reader].reads & array) != 0 && !reads_earlier(stages_[reader], array)
+                                        : reads_earlier(stages_[reader], array);
+    if (reads) accesses_.push_back({reader, array, false, writer, last});
+  }
+  for (std::size_t stage = writer; stage <= last; ++stage) {
+    const bool counted_by_next = stage == last && stage > writer && (stages_[stage].writes & array) != 0;
+    if (!counted_by_next) live_bytes_[stage] += row_bytes(pass_, array);
+  }
+}
+
+std::int64_t Account::bytes_of(const Access& access, const Share& share) const {
+  const std::int64_t l2_bytes = pass_.table.l2_bytes;
+  const Stage& stage = stages_[access.stage];
+  const std::int64_t row = row_bytes(pass_, access.array);
+  const std::int64_t bytes = share.num_rows * row;
+  const bool is_whole = share.num_sharing == 0;
+  if (!access.is_write && access.stage == access.first) {  // What this stage has just written.
+    const std::int64_t task_rows = is_whole ? share.num_rows : std::min(share.num_rows, kRowsPerTask);
+    return task_rows * row <= l2_bytes ? 0 : bytes;
+  }
+  bool stays = is_whole;
+  for (std::size_t n = access.first; n <= access.last; ++n) {
+    const std::int64_t pieces = stages_[n].division == Division::kTransposed ? kPieceBytes : 0;
+    stays = stays && share.num_rows * live_bytes_[n] + pieces <= l2_bytes;
+  }
+  if (access.is_write || !stage.is_product() || (stage.writes & access.array) != 0) return stays ? 0 : bytes;
+  const bool transposed = stage.division == Division::kTransposed;
+  const WeightMatrix w = stage.w(pass_, share.expert);
+  const std::int64_t panels = transposed ? w.k / kPanelRows : w.num_panels;
+  const std::int64_t group = panels_of_group(transposed, share.num_rows);
+  const std::int64_t num_groups = (panels + group - 1) / group;
+  const std::int64_t at_work = transposed ? kPieceBytes : kPair * kernels::panel_stride_bytes(w.k, pass_.element_bytes);
+  if (bytes + at_work > l2_bytes) return bytes * num_groups;
+  if (is_whole) return stays ? 0 : bytes;
+  return bytes * std::min<std::int64_t>(share.num_sharing, num_groups);
+}
+
+void Account::add_outside(const Stage& stage, const Share& share) {
+  Traffic::Stage& to = traffic_[stage.id];
+  for_each_operand(stage.reads & ~kArrays, [&](Operand operand) {
+    const auto lora = [&](LoraLayer::Part part) {
+      const LoraMatrix matrix = lora_matrix(pass_, part, share.expert);
+      // Behind the weights, gemm reads only the columns that are not zero.
+      const std::int64_t k = stage.division == Division::kPanels ? matrix.rank.depth : matrix.panels.k;
+      to.lora_bytes += matrix.panels.num_panels * kPanelRows * k * pass_.element_bytes;
+    };
+    switch (operand) {
+      case kGateUpW:
+      case kDownW: {
+        const WeightMatrix w = stage.w(pass_, share.expert);
+        to.weight_bytes += w.num_panels * (w.stride - kernels::kPanelPadBytes);
+        break;
+      }
+      case kGateUpLoraA:
+        return lora(LoraLayer::kGateUpA);
+      case kGateUpLoraB:
+        return lora(LoraLayer::kGateUpB);
+      case kDownLoraA:
+        return lora(LoraLayer::kDownA);
+      case kDownLoraB:
+        return lora(LoraLayer::kDownB);
+      default:
+        to.activation_bytes += share.num_rows * row_bytes(pass_, operand);
     }
-    for (const std::int32_t expert : nodes[n].plan.shared) {
-      visit(expert, 0, routes.rows_of(expert), pool.num_workers_of(static_cast<int>(n)));
-    }
-  }
-}
-
-void ExpertCompute::State::finish_account() {
-  std::int64_t num_tokens = 0;
-  for (const RoutesOfItem& item : batch) num_tokens += item.num_tokens;
-  Traffic::Stage& sum = traffic[StageId::kSum];
-  sum.activation_bytes += (routes.num_rows * hp + num_tokens * h) * eb;
-  if (nodes.size() > 1) {
-    const std::int64_t partial_bytes = num_tokens * h * kFloatBytes;
-    sum.activation_bytes += 2 * static_cast<std::int64_t>(nodes.size()) * partial_bytes;
-    traffic.link_bytes = static_cast<std::int64_t>(nodes.size() - 1) * partial_bytes;
-  }
-  for (const Worker& worker : workers) {
-    for (std::size_t stage = 0; stage < kNumStages; ++stage)
-      traffic.stages[stage].seconds += worker.clock.seconds[stage];
-  }
-}
-
-void ExpertCompute::State::account_forward(const Pass& pass) {
-  for_each_account([&](std::int32_t expert, std::int64_t begin, std::int64_t end, int num_sharing) {
-    std::int64_t num_kept = 0;
-    for (std::int64_t row = routes.begin_of(expert) + begin; row < routes.begin_of(expert) + end; ++row) {
-      const auto item = static_cast<std::size_t>(routes.item[static_cast<std::size_t>(row)]);
-      num_kept += pass.forward[item].save_gate_up != nullptr ? 1 : 0;
-    }
-    Account(*this, pass, expert, end - begin, num_sharing).forward(num_kept);
   });
-  finish_account();
+  for_each_operand(stage.writes & ~kArrays, [&](Operand operand) {
+    if (operand == kGateUpSums) to.lora_bytes += sums_bytes(pass_, 0, 4);
+    if (operand == kDownSums) to.lora_bytes += sums_bytes(pass_, 4, shm::kNumAdapterTensors);
+    to.activation_bytes += (operand == kKept ? share.num_kept : share.num_rows) * row_bytes(pass_, operand);
+  });
 }
 
-void ExpertCompute::State::account_backward(const Pass& pass) {
-  for_each_account([&](std::int32_t expert, std::int64_t begin, std::int64_t end, int num_sharing) {
-    Account(*this, pass, expert, end - begin, num_sharing).backward();
-  });
-  finish_account();
+void Account::add(const Share& share) {
+  for (const Stage& stage : stages_) add_outside(stage, share);
+  for (const Access& access : accesses_) {
+    traffic_[stages_[access.stage].id].activation_bytes += bytes_of(access, share);
+  }
+}
+
+void Account::add_sum(std::int64_t num_rows, std::int64_t num_tokens, std::int64_t num_nodes) {
+  Traffic::Stage& sum = traffic_[StageId::kSum];
+  sum.activation_bytes += (num_rows + num_tokens) * pass_.hidden * pass_.element_bytes;
+  if (num_nodes > 1) {
+    const std::int64_t partial_bytes = num_tokens * pass_.hidden * kFloatBytes;
+    sum.activation_bytes += 2 * num_nodes * partial_bytes;
+    traffic_.link_bytes = (num_nodes - 1) * partial_bytes;
+  }
 }
 
 }  // namespace kt::coproc

@@ -23,8 +23,8 @@ struct WeightMatrix {
   }
   // Panels q … q + count - 1 of the transpose, in `transposed`, as far as they come from panels [first, first +
   // num_panels). Quantised weights pass through `scratch` as they do in elements(): both directions multiply by the
-  // same numbers. Behind them the same panels of the transpose of `more`, whose k is theirs; no panels: nothing. Its
-  // rows are not in the result's k: how many of them there are is up to the caller.
+  // same numbers. If `more` has panels, its transpose is written after W's. The returned k counts W's rows only; the
+  // caller adds the rows of `more` it needs.
   struct Piece {
     std::int64_t q = 0;
     std::int64_t count = 1;

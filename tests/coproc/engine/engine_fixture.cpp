@@ -310,7 +310,6 @@ std::vector<Oracle::Gradients> Oracle::backward(const std::vector<const coproc::
     items[i] = {dy[i].data(), kept[i], gradients[i].dx.data(), reinterpret_cast<float*>(gradients[i].dw.data())};
   }
   compute_.backward(kept.front()->layer, &adapter_, items, accumulate);
-  if (accumulate) adapter_.mark_touched(kept.front()->layer);
   return gradients;
 }
 

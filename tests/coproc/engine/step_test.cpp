@@ -2,6 +2,7 @@
 // of the experts, and the adapter to one that was stepped directly.
 #include <algorithm>
 
+#include "coproc/experts/adapter_layer.h"
 #include "tests/coproc/engine/engine_fixture.h"
 
 namespace kt::test {
@@ -217,7 +218,7 @@ TEST(Collectives, StepMovesOnlyTheLayersThatRanAndTheTensorsWithAGroup) {
   // Layer 2 runs with no token at all: its gradient is zero, not missing, so weight decay and t move.
   ASSERT_TRUE(rank->finish(rank->send_forward(2, kAdapter, 5, random_tokens(host.shape(), 0, 0))).ok());
   ASSERT_TRUE(rank->finish(rank->send_backward(5, {}, kAccumulate)).ok());
-  oracle.adapter().mark_touched(2);
+  oracle.adapter().layer(2)->touched = true;
   StepArgs args;
   args.groups.push_back({5e-3, 0.8, 0.99, 1e-6, 0.5, 1});
   args.group_of.assign(4 * shm::kNumAdapterTensors, 1);

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "coproc/experts/adapter.h"
+#include "coproc/experts/adapter_layer.h"
 #include "tests/coproc/experts/layer_fixture.h"
 
 namespace kt::test {
@@ -204,7 +204,7 @@ TEST_P(AdapterStep, MovesTheExpertsOfATouchedLayerThatGotNoGradient) {
   Fixture f(table(), 3, 48, 40, spec_of(8, true, 8));
   f.header.groups[0] = to_group({1e-2, 0.9, 0.999, 1e-8, 0.5, true});
   f.write(TensorKind::kParam, 2, AdapterTensor::kGateA, std::vector<float>(f.size(2, AdapterTensor::kGateA), 1.0f));
-  f.adapter.mark_touched(2);
+  f.adapter.layer(2)->touched = true;
   f.step();
   for (const float value : f.read(TensorKind::kParam, 2, AdapterTensor::kGateA)) {
     EXPECT_EQ(value, static_cast<float>(1 - 1e-2 * 0.5));

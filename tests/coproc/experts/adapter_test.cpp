@@ -208,10 +208,6 @@ TEST_F(AdapterTest, IsTouchedByWrittenGradientsOnly) {
   EXPECT_TRUE(adapter.has_gradients());
   adapter.discard(pool);
   EXPECT_FALSE(adapter.has_gradients());
-  adapter.mark_touched(0);  // Not adapted.
-  EXPECT_FALSE(adapter.has_gradients());
-  adapter.mark_touched(2);
-  EXPECT_TRUE(adapter.has_gradients());
 }
 
 TEST_F(AdapterTest, DiscardZeroesAllSumsAndKeepsTheRest) {

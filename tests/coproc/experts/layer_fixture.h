@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "coproc/experts/expert_layer.h"
+#include "coproc/experts/expert_compute.h"
 #include "kernels/kernel_table.h"
 #include "tests/support/expert_reference.h"
 

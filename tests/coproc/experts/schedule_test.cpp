@@ -1,4 +1,4 @@
-#include "coproc/experts/plan.h"
+#include "coproc/experts/schedule.h"
 
 #include <gtest/gtest.h>
 
@@ -33,7 +33,7 @@ ExpertPlan plan_of(const Routes& routes, int num_workers, std::int64_t node = 0,
   return plan;
 }
 
-TEST(Plan, ManyExpertsAreComputedWholeBiggestFirst) {
+TEST(Schedule, ManyExpertsAreComputedWholeBiggestFirst) {
   std::vector<int> rows(128);
   std::mt19937 random(91);
   std::cout << "seed 91\n";
@@ -46,13 +46,13 @@ TEST(Plan, ManyExpertsAreComputedWholeBiggestFirst) {
   }
 }
 
-TEST(Plan, OneWorkerComputesEverythingWhole) {
+TEST(Schedule, OneWorkerComputesEverythingWhole) {
   const ExpertPlan plan = plan_of(routes_of({5000, 0, 1, 3}), 1);
   EXPECT_EQ(plan.whole, (std::vector<std::int32_t>{0, 3, 2}));
   EXPECT_TRUE(plan.shared.empty());
 }
 
-TEST(Plan, AnExpertBeyondAWorkersShareIsShared) {
+TEST(Schedule, AnExpertBeyondAWorkersShareIsShared) {
   const ExpertPlan plan = plan_of(routes_of({5000, 0, 1, 3, 40, 40}), 3);
   EXPECT_EQ(plan.shared, (std::vector<std::int32_t>{0}));
   EXPECT_EQ(plan.whole, (std::vector<std::int32_t>{4, 5, 3, 2}));
@@ -60,13 +60,13 @@ TEST(Plan, AnExpertBeyondAWorkersShareIsShared) {
 }
 
 // 128 equal experts, 56 workers: two each, and sixteen for all to share.
-TEST(Plan, WhatDoesNotDivideEvenlyIsShared) {
+TEST(Schedule, WhatDoesNotDivideEvenlyIsShared) {
   const ExpertPlan plan = plan_of(routes_of(std::vector<int>(128, 256)), 56);
   EXPECT_EQ(plan.whole.size(), 112u);
   EXPECT_EQ(plan.shared.size(), 16u);
 }
 
-TEST(Plan, EveryNodeHasItsOwnExperts) {
+TEST(Schedule, EveryNodeHasItsOwnExperts) {
   const Routes routes = routes_of({9, 8, 0, 7, 6, 5, 4}, 3);
   std::set<std::int32_t> seen;
   for (std::int64_t node = 0; node < 3; ++node) {
@@ -81,10 +81,10 @@ TEST(Plan, EveryNodeHasItsOwnExperts) {
   EXPECT_EQ(seen, (std::set<std::int32_t>{0, 1, 3, 4, 5, 6}));
 }
 
-TEST(Plan, TasksCoverEveryRowTokenAndPanelOnce) {
+TEST(Schedule, TasksCoverEveryRowTokenAndPanelOnce) {
   const Routes routes = routes_of({300, 1, 65, 0});
   const std::vector<std::int32_t> shared = {0, 2, 1};
-  std::vector<coproc::RowTask> rows;
+  std::vector<coproc::SharedTask> rows;
   coproc::plan_rows(routes, shared, rows);
   std::vector<std::int64_t> num_rows(3);
   for (const auto& task : rows) {
@@ -102,7 +102,7 @@ TEST(Plan, TasksCoverEveryRowTokenAndPanelOnce) {
 
   for (const int num_workers : {1, 2, 56}) {
     for (const std::int64_t num_panels : {1, 2, 3, 48, 515}) {
-      std::vector<coproc::PanelTask> panels;
+      std::vector<coproc::SharedTask> panels;
       coproc::plan_panels(shared, num_panels, 4096, num_workers, panels);
       std::vector<std::int64_t> seen(3);
       for (const auto& task : panels) {
@@ -116,7 +116,7 @@ TEST(Plan, TasksCoverEveryRowTokenAndPanelOnce) {
   }
 }
 
-TEST(Plan, BlocksOfRowsAreNearlyEqualAndNeverAboveTheLimit) {
+TEST(Schedule, BlocksOfRowsAreNearlyEqualAndNeverAboveTheLimit) {
   for (const std::int64_t num_rows : {1, 32, 33, 64, 100, 1000}) {
     const coproc::RowBlocks blocks(num_rows, 32);
     std::int64_t least = num_rows;

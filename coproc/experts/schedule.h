@@ -12,6 +12,8 @@
 
 namespace kt::coproc {
 
+inline constexpr std::int64_t kRowsPerTask = 128;
+
 // The experts of a node that have rows; most rows first.
 struct ExpertPlan {
   std::vector<std::int32_t> whole;
@@ -19,17 +21,12 @@ struct ExpertPlan {
 };
 void plan_experts(const Routes& routes, std::int64_t node, std::int64_t num_nodes, int num_workers, ExpertPlan& plan);
 
-// Some rows of shared expert number `index`, all columns.
-struct RowTask {
-  std::int32_t index;
-  std::int64_t begin;  // Rows of the expert.
-  std::int64_t end;
-};
-// All rows of shared expert number `index`, panels [begin, end) of its weights.
-struct PanelTask {
+// A part of one stage of shared expert number `index`: rows, panels of its weights, or LoRA tensors [begin, end).
+struct SharedTask {
   std::int32_t index;
   std::int64_t begin;
   std::int64_t end;
+  std::size_t stage = 0;  // In the pass's list.
 };
 // Some tokens of one item.
 struct TokenTask {
@@ -38,11 +35,13 @@ struct TokenTask {
   std::int64_t end;
 };
 
-void plan_rows(const Routes& routes, std::span<const std::int32_t> shared, std::vector<RowTask>& tasks);
 void plan_tokens(std::span<const RoutesOfItem> items, std::vector<TokenTask>& tasks);
+// These append.
+void plan_rows(const Routes& routes, std::span<const std::int32_t> shared, std::vector<SharedTask>& tasks);
 // Tasks of min(256 KB of weights, 1/8 of a worker's share), in whole pairs of panels (num_panels may be odd).
 void plan_panels(std::span<const std::int32_t> shared, std::int64_t num_panels, std::int64_t panel_bytes,
-                 int num_workers, std::vector<PanelTask>& tasks);
+                 int num_workers, std::vector<SharedTask>& tasks);
+void plan_tensors(std::span<const std::int32_t> shared, std::int64_t num_tensors, std::vector<SharedTask>& tasks);
 
 // The rows of an expert in blocks, as equal as can be. They depend on nothing but the number of rows: LoRA's gradients
 // are summed block by block.

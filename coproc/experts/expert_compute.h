@@ -1,6 +1,6 @@
 // Forward and backward of one MoE layer's experts over a batch of requests: the formulas of ARCHITECTURE.md.
 //
-//   routes grouped by expert → gather X → [X·Aᵀ] → gate/up (+LoRA) → SwiGLU → [Z·Adᵀ] → down (+LoRA) → sum per token
+//   routes grouped by expert → the stages of forward or backward (stages_forward.h, stages_backward.h) → sum per token
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -63,7 +63,6 @@ class ExpertCompute {
 
  private:
   struct State;
-  class Account;
   std::unique_ptr<State> state_;
 };
 

@@ -1,11 +1,10 @@
-#include "coproc/experts/plan.h"
+#include "coproc/experts/schedule.h"
 
 #include <algorithm>
 
 namespace kt::coproc {
 namespace {
 
-constexpr std::int64_t kRowsPerTask = 128;
 constexpr std::int64_t kTokensPerTask = 32;
 // A slice of the weights that stays in L2 beside a tile of results and the rows streaming through.
 constexpr std::int64_t kTaskWeightBytes = 262144;
@@ -48,8 +47,7 @@ void plan_experts(const Routes& routes, std::int64_t node, std::int64_t num_node
   }
 }
 
-void plan_rows(const Routes& routes, std::span<const std::int32_t> shared, std::vector<RowTask>& tasks) {
-  tasks.clear();
+void plan_rows(const Routes& routes, std::span<const std::int32_t> shared, std::vector<SharedTask>& tasks) {
   for (std::size_t i = 0; i < shared.size(); ++i) {
     cut(static_cast<std::int32_t>(i), routes.rows_of(shared[i]), kRowsPerTask, tasks);
   }
@@ -63,12 +61,15 @@ void plan_tokens(std::span<const RoutesOfItem> items, std::vector<TokenTask>& ta
 }
 
 void plan_panels(std::span<const std::int32_t> shared, std::int64_t num_panels, std::int64_t panel_bytes,
-                 int num_workers, std::vector<PanelTask>& tasks) {
-  tasks.clear();
+                 int num_workers, std::vector<SharedTask>& tasks) {
   const std::int64_t touched_bytes = static_cast<std::int64_t>(shared.size()) * num_panels * panel_bytes;
   const std::int64_t task_bytes = std::min(kTaskWeightBytes, touched_bytes / num_workers / kTasksPerWorker);
   const std::int64_t panels = std::max<std::int64_t>(task_bytes / panel_bytes / 2, 1) * 2;
   for (std::size_t i = 0; i < shared.size(); ++i) cut(static_cast<std::int32_t>(i), num_panels, panels, tasks);
+}
+
+void plan_tensors(std::span<const std::int32_t> shared, std::int64_t num_tensors, std::vector<SharedTask>& tasks) {
+  for (std::size_t i = 0; i < shared.size(); ++i) cut(static_cast<std::int32_t>(i), num_tensors, 1, tasks);
 }
 
 }  // namespace kt::coproc

@@ -1,0 +1,77 @@
+#include "coproc/experts/stages_forward.h"
+
+#include "coproc/experts/products.h"
+
+namespace kt::coproc {
+namespace {
+
+using kernels::Fetch;
+using kernels::kPanelRows;
+
+// A group's columns of G and U through the activation; kept where forward is asked to, or backward needs them.
+void activate(const Pass& pass, Block& block, Range rows, Range panels, const float* tile) {
+  const std::int64_t columns = panels.count() * kPanelRows;
+  const std::int64_t first_column = panels.begin * kPanelRows;
+  const auto swiglu = [&](std::int64_t row, std::int64_t count, std::byte* saved, std::int64_t ld_saved) {
+    const Rows z = rows_of(pass, block, kZ, row);
+    pass.table.swiglu(tile + (row - rows.begin) * columns, columns, count, columns / 2,
+                      saved == nullptr ? nullptr : saved + first_column * pass.element_bytes, ld_saved,
+                      z.data + first_column / 2 * pass.element_bytes, z.ld);
+  };
+  if (!pass.is_forward()) {
+    const Rows saved = rows_of(pass, block, kGateUp, rows.begin);
+    return swiglu(rows.begin, rows.count(), saved.data, saved.ld);
+  }
+  const std::int64_t ld_kept = 2 * pass.intermediate_padded;
+  for_each_run(pass.routes, block.begin + rows.begin, block.begin + rows.end,
+               [&](std::size_t item, std::int64_t first, std::int64_t stop) {
+                 auto* kept = static_cast<std::byte*>(pass.forward_items[item].save_gate_up);
+                 if (kept == nullptr) return swiglu(first - block.begin, stop - first, nullptr, 0);
+                 for (std::int64_t row = first; row < stop; ++row) {
+                   const std::int64_t route = pass.routes.route[static_cast<std::size_t>(row)];
+                   swiglu(row - block.begin, 1, kept + route * ld_kept * pass.element_bytes, ld_kept);
+                 }
+               });
+}
+
+void gather_x(const Pass& pass, Block& block, Range rows, Worker& worker, const Fetch& /*next*/) {
+  gather(pass, block, kX, rows, [&](std::size_t item) -> const void* {
+    return pass.is_forward() ? pass.forward_items[item].x : pass.backward_items[item].act->x.data();
+  });
+  project(pass, {kX, kXa, LoraLayer::kGateUpA, false}, block, rows, worker);
+}
+
+void gate_up(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& next) {
+  const Product product = {pass.gate_up_w(block.expert), lora_matrix(pass, LoraLayer::kGateUpB, block.expert)};
+  multiply_block(pass, product, kX, block, panels, worker, next,
+                 [&](Range rows, Range group, const float* tile) { activate(pass, block, rows, group, tile); });
+}
+
+void project_z(const Pass& pass, Block& block, Range rows, Worker& worker, const Fetch& /*next*/) {
+  project(pass, {kZ, kZa, LoraLayer::kDownA, false}, block, rows, worker);
+}
+
+void down(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& next) {
+  const Product product = {pass.down_w(block.expert), lora_matrix(pass, LoraLayer::kDownB, block.expert)};
+  multiply_to_out(pass, product, kZ, block, panels, worker, next);
+}
+
+}  // namespace
+
+Stage gather_x_stage(const Pass& pass) {
+  const Operands x_again = when(pass.adapts_gate_up(), kX);
+  return {StageId::kGatherX, Division::kRows, gather_x, kInput | x_again | kGateUpLoraA, kX | kXa};
+}
+Stage gate_up_stage(Operand keep) {
+  return {StageId::kGateUp, Division::kPanels, gate_up, kX | kXa | kGateUpW | kGateUpLoraB, kZ | keep};
+}
+Stage project_z_stage() { return {StageId::kProjectZ, Division::kRows, project_z, kZ | kDownLoraA, kZa}; }
+
+StageList forward_stages(const Pass& pass) {
+  StageList stages = {gather_x_stage(pass), gate_up_stage(kKept)};
+  if (pass.adapts_down()) stages.push_back(project_z_stage());
+  stages.push_back({StageId::kDown, Division::kPanels, down, kZ | kZa | kDownW | kDownLoraB, kOut});
+  return existing_operands(pass, stages);
+}
+
+}  // namespace kt::coproc
