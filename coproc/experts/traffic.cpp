@@ -126,9 +126,10 @@ void Account::add_outside(const Stage& stage, const Share& share) {
         to.activation_bytes += share.num_rows * row_bytes(pass_, operand);
     }
   });
+  const std::int64_t num_blocks = RowBlocks(share.num_rows, pass_.rows_max).num_blocks;  // Each is added to the sums.
   for_each_operand(stage.writes & ~kArrays, [&](Operand operand) {
-    if (operand == kGateUpSums) to.lora_bytes += sums_bytes(pass_, 0, 4);
-    if (operand == kDownSums) to.lora_bytes += sums_bytes(pass_, 4, shm::kNumAdapterTensors);
+    if (operand == kGateUpSums) to.lora_bytes += num_blocks * sums_bytes(pass_, 0, 4);
+    if (operand == kDownSums) to.lora_bytes += num_blocks * sums_bytes(pass_, 4, shm::kNumAdapterTensors);
     to.activation_bytes += (operand == kKept ? share.num_kept : share.num_rows) * row_bytes(pass_, operand);
   });
 }

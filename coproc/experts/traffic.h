@@ -11,7 +11,7 @@
 //   T4  A product reads its rows once per group of panels if they do not fit in L2 beside the panels at work; otherwise
 //       every worker that shares the expert reads them once.
 //   T5  LoRA's packed matrices are read once per block or task that multiplies by them; gradient sums are read and
-//       written.
+//       written once for each block of rows.
 // Lines that a store fetches first, pads, indices, routing weights, and arrays of LoRA's rank a row are left out.
 #pragma once
 #include <array>
