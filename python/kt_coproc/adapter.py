@@ -227,10 +227,10 @@ class Adapter:
     def ensure(self, layers: Iterable[int] | None = None) -> None:
         """Creates in the daemon what is not there yet, and moves the values over. In a job of several ranks this is a
         collective, and the lowest rank's values count."""
-        self._connection.collect()
         missing = sorted(set(self.specs if layers is None else layers) - self._created)
         if not missing:
             return
+        self._connection.collect()
         if self.id is None:
             self.id = self._connection.new_adapter_id()
             weakref.finalize(self, self._connection.doom, self.id).atexit = False

@@ -90,7 +90,7 @@ class Connection:
         self._doomed.append(adapter_id)
 
     def collect(self) -> None:
-        """Deletes adapters that nobody holds any more. Called at the start of what talks to the daemon.
+        """Deletes adapters that nobody holds any more. Called before adapters are created, by each step and by stats().
 
         In a job of several ranks deleting is a collective, and ranks collect garbage at different times: there, such an
         adapter stays in the daemon until the job ends, unless PEFT's delete_adapter() dropped it (see delete).

@@ -66,10 +66,9 @@ class RemoteExperts(nn.Module):
             ActivationLimit: no memory for activations in the daemon.
         """
         connection = self._kt_binding.client.connection
-        connection.collect()
         adapter_id, anchor = 0, None
         if kt_adapter is not None:
-            kt_adapter.ensure()
+            kt_adapter.ensure([self._kt_layer])
             adapter_id = kt_adapter.required_id
             if kt_trainable and torch.is_grad_enabled():
                 anchor = self._kt_anchor(connection, hidden_states.device)

@@ -167,6 +167,7 @@ def in_order(adapters: Iterable[Adapter]) -> list[Adapter]:
 
 def _step(optimizer: Optimizer, adapter: Adapter, tensors: dict[LoraTensor, int]) -> None:
     connection = adapter.connection
+    connection.collect()
     job.require_membership(connection, "a step")
     if job.world_size(connection) == 1 and adapter.id not in adapter.session.accumulated:
         return  # As torch with gradients None. With more ranks every one of them has to come.

@@ -41,7 +41,7 @@ class PySession {
 
   // Raises for a closed session.
   client::Session& get() const {
-    if (!open_) return *find_session(0)->session;
+    if (!open_) raise_closed();
     return *open_->session;
   }
   OpenSession& open() const {

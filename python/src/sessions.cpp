@@ -59,12 +59,13 @@ std::shared_ptr<OpenSession> find_session_or_null(std::int64_t handle) {
 
 std::shared_ptr<OpenSession> find_session(std::int64_t handle) {
   auto open = find_session_or_null(handle);
-  if (!open) {
-    raise({ErrorCode::kInvalidArgument, "kt_coproc: the client is closed",
-           "session handle " + std::to_string(handle) + " names no open connection of this process",
-           "use the client inside its with block, or kt_coproc.connect() again"});
-  }
+  if (!open) raise_closed();
   return open;
+}
+
+void raise_closed() {
+  raise({ErrorCode::kInvalidArgument, "kt_coproc: the client is closed", "its session in this process has ended",
+         "use the client inside its with block, or kt_coproc.connect() again"});
 }
 
 }  // namespace kt::python

@@ -25,9 +25,11 @@ struct OpenSession {
 
 std::shared_ptr<OpenSession> add_session(std::unique_ptr<client::Session> session);
 void remove_session(std::int64_t handle);
-// Raises ValueError-like kInvalidArgument through errors.h when the handle is unknown or closed.
+// Raises when the handle is unknown or closed.
 std::shared_ptr<OpenSession> find_session(std::int64_t handle);
 // nullptr instead of an exception: for destructors.
 std::shared_ptr<OpenSession> find_session_or_null(std::int64_t handle);
+// What every use of a closed session raises: kInvalidArgument, through errors.h.
+[[noreturn]] void raise_closed();
 
 }  // namespace kt::python
