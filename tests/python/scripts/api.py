@@ -52,6 +52,18 @@ with kt_coproc.connect(args.address) as client:
     nothing = experts(torch.empty(0, 64, requires_grad=True), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2))
     assert nothing.shape == (0, 64)
     nothing.sum().backward()
+    # Ids of any integer type and size, fewer columns than top_k, rows that are not contiguous.
+    beyond = experts(hidden, torch.where(index == 8, 2**40, index), weights)
+    torch.testing.assert_close(beyond, expected, rtol=1e-5, atol=1e-5)
+    one = experts(hidden.detach().t().contiguous().t(), index[:, :1].int(), weights[:, :1])
+    same = experts(hidden, torch.stack((index[:, 0], torch.full((5,), 8)), 1), weights)
+    assert torch.equal(one, same)
+    for wrong in (-1, -(2**40)):
+        try:
+            experts(hidden, torch.full((5, 2), wrong), weights)
+            raise AssertionError("a negative id went through")
+        except kt_coproc.CoprocError as error:
+            assert "ids[0, 0] is -" in str(error)
     assert len(client.stats()["ranks"]) == 1
     with kt_coproc.connect(args.address) as again:
         assert len(again.stats()["ranks"]) == 1, "one session per process and address"
@@ -60,7 +72,7 @@ try:
     raise AssertionError("a closed client works")
 except kt_coproc.CoprocError as error:
     assert "closed" in str(error)
-del experts, run_experts, output, nothing, run
+del experts, run_experts, output, nothing, run, beyond, one, same
 
 client = kt_coproc.connect(args.address)
 assert len(kt_coproc.stats(client)["ranks"]) == 1
