@@ -44,7 +44,7 @@ enum Operand : std::uint32_t {
   kOut = 1u << 12,
   kGateUpSums = 1u << 13,
   kDownSums = 1u << 14,
-  // The frozen weights, and LoRA's packed matrices.
+  // The frozen weights, and LoRA's packed matrices in the order of Adapter::Layer::Part.
   kGateUpW = 1u << 15,
   kDownW = 1u << 16,
   kGateUpLoraA = 1u << 17,

@@ -113,32 +113,32 @@ void multiply_to_out(const Pass& pass, const Product& product, Operand a, Block&
   });
 }
 
-void project(const Pass& pass, const Projection& projection, Block& block, Range rows, Worker& worker) {
-  const LoraMatrix lora = lora_matrix(pass, projection.part, block.expert);
-  if (lora.rank.width == 0) return;
-  const bool is_down = projection.part == LoraLayer::kDownA || projection.part == LoraLayer::kDownB;
-  const double scale = (is_down ? pass.lora->spec.down : pass.lora->spec.gate_up).scaling;
-  const Rows a = rows_of(pass, block, projection.array, rows.begin);
+void project(const Pass& pass, LoraLayer::Part part, Block& block, Range rows, Worker& worker) {
+  constexpr Operand kFrom[] = {kX, kGateUp, kZ, kDy};  // By Part.
+  constexpr Operand kTo[] = {kXa, kGb, kZa, kYb};
+  const LoraMatrix lora = lora_matrix(pass, part, block.expert);
   const std::int64_t width = lora.rank.width;
-  float* values = floats_of(block, projection.values, rows.begin, width);
-  std::int64_t columns = lora.panels.k;  // Of A.
-  if (projection.transposed) {
-    columns = lora.panels.num_panels * kPanelRows;
+  if (width == 0) return;
+  const bool transposed = part == LoraLayer::kGateUpB || part == LoraLayer::kDownB;
+  const bool is_down = part == LoraLayer::kDownA || part == LoraLayer::kDownB;
+  const Rows a = rows_of(pass, block, kFrom[part], rows.begin);
+  float* values = floats_of(block, kTo[part], rows.begin, width);
+  Panels w = lora.panels;
+  if (transposed) {
     const std::int64_t num_panels = width / kPanelRows;
-    // LoRA's packed matrix as any other.
-    Product product = {
-        {lora.panels.data, lora.panels.stride, lora.panels.num_panels, lora.panels.k, std::nullopt}, {}, true};
+    Product product = {{w.data, w.stride, w.num_panels, w.k, std::nullopt}, {}, true};  // As any other matrix.
     for (std::int64_t first = 0; first < num_panels; first += kPair) {
       const Range pair = {first, std::min(first + kPair, num_panels)};
       product.last_rows = pair.end == num_panels ? lora.rank.used_of_last_panel() : kPanelRows;
       multiply(pass, product, pair, a, rows.count(), {values + first * kPanelRows, width}, worker, {});
     }
   } else {
-    Panels w = lora.panels;
     w.last_rows = lora.rank.used_of_last_panel();
     pass.table.gemm(a.data, a.ld, rows.count(), w, values, width, false, {});
   }
-  pass.table.round_rows(values, width, rows.count(), width, static_cast<float>(scale),
+  const std::int64_t columns = transposed ? w.num_panels * kPanelRows : w.k;  // Of the array.
+  pass.table.round_rows(values, width, rows.count(), width,
+                        static_cast<float>((is_down ? pass.lora->spec.down : pass.lora->spec.gate_up).scaling),
                         a.data + columns * pass.element_bytes, a.ld);
 }
 

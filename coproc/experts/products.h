@@ -86,14 +86,8 @@ void gather(const Pass& pass, Block& block, Operand array, Range rows, const Sou
                });
 }
 
-// `rows` of an array of the block projected to LoRA's rank, by A·LoRAᵀ or A·LoRA, into array `values` in f32. The same,
-// scaled and rounded, goes behind the columns of `array`.
-struct Projection {
-  Operand array;
-  Operand values;
-  LoraLayer::Part part;
-  bool transposed;
-};
-void project(const Pass& pass, const Projection& projection, Block& block, Range rows, Worker& worker);
+// `rows` of X or Z by A of their half, of dY or dG|dU by B: projected to LoRA's rank in f32 (xa, za, yb or gb), and the
+// same scaled and rounded behind the columns of the array.
+void project(const Pass& pass, LoraLayer::Part part, Block& block, Range rows, Worker& worker);
 
 }  // namespace kt::coproc

@@ -53,17 +53,6 @@ std::int64_t Pass::row_bytes(Operand array) const {
   return leading_dimension(array) * element_bytes;
 }
 
-StageList existing_operands(const Pass& pass, StageList stages) {
-  Operands none = 0;
-  if (!pass.adapts_gate_up()) none |= kXa | kGb | kGateUpLoraA | kGateUpLoraB;
-  if (!pass.adapts_down()) none |= kYb | kZa | kDownLoraA | kDownLoraB;
-  for (Stage& stage : stages) {
-    stage.reads &= ~none;
-    stage.writes &= ~none;
-  }
-  return stages;
-}
-
 std::int64_t division_size(const Pass& pass, const Stage& stage, const Block& block) {
   switch (stage.division) {
     case Division::kRows:

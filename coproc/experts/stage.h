@@ -89,9 +89,6 @@ struct Stage {
 };
 using StageList = std::vector<Stage>;  // In the order in which one worker runs them.
 
-// Without what the pass does not have: LoRA's operands of a half that is not adapted.
-StageList existing_operands(const Pass& pass, StageList stages);
-
 // How many rows, panels or tensors stage.division divides.
 std::int64_t division_size(const Pass& pass, const Stage& stage, const Block& block);
 

@@ -15,7 +15,7 @@ bool keeps_z(const Pass& pass) { return pass.accumulate_to != nullptr && pass.ad
 
 void gather_dy(const Pass& pass, Block& block, Range rows, Worker& worker, const Fetch& /*next*/) {
   gather(pass, block, kDy, rows, [&](std::size_t item) { return pass.backward_items[item].dy; });
-  project(pass, {kDy, kYb, LoraLayer::kDownB, true}, block, rows, worker);
+  project(pass, LoraLayer::kDownB, block, rows, worker);
 }
 
 // Through the activation, for a group's columns of P: dG and dU, the parts of dw, and z where ∂/∂down_a needs it. Kept
@@ -62,7 +62,7 @@ void finish_rows(const Pass& pass, Block& block, Range rows, Worker& worker, con
     const auto index = static_cast<std::size_t>(block.begin + row);
     pass.backward_items[static_cast<std::size_t>(pass.routes.item[index])].dw[pass.routes.route[index]] = sum;
   }
-  project(pass, {kGateUp, kGb, LoraLayer::kGateUpB, true}, block, rows, worker);
+  project(pass, LoraLayer::kGateUpB, block, rows, worker);
 }
 
 // dG|dU·gate_up + (s·gb)·gate_up_a, per route.
@@ -71,51 +71,26 @@ void grad_x(const Pass& pass, Block& block, Range panels, Worker& worker, const 
   multiply_to_out(pass, product, kGateUp, block, panels, worker, next);
 }
 
-// S of one tensor of one expert += scale · (left[m, r] f32, weighted or not)ᵀ · right[m, n] elements, over `rows` of a
-// block. `column`: where left's columns begin; `panel_step`: from 32 columns of right to the next; ARCHITECTURE.md, dA
-// and dB.
-struct Gradient {
-  Operand left;
-  std::int64_t width;  // Of left's rows.
-  Operand right;
-  bool is_weighted;
-  std::int64_t column = 0;
-  std::int64_t right_column = 0;
-  std::int64_t panel_step = kPanelRows;
-};
-
-Gradient gradient_of(const Pass& pass, AdapterTensor which) {
-  const bool is_up = which == AdapterTensor::kUpA || which == AdapterTensor::kUpB;
-  const std::int64_t column = is_up ? pass.lora->up_column() : 0;
-  switch (which) {
-    case AdapterTensor::kGateA:
-    case AdapterTensor::kUpA:  // s·(dG·Bg)ᵀ·X
-      return {kGb, pass.gate_up_rank.width, kX, false, column};
-    case AdapterTensor::kGateB:
-    case AdapterTensor::kUpB:  // s·dGᵀ·(X·Agᵀ); panels of dG and dU alternate.
-      return {kXa, pass.gate_up_rank.width, kGateUp, false, column, is_up ? kPanelRows : 0, 2 * kPanelRows};
-    case AdapterTensor::kDownA:  // s·(w·dY·Bd)ᵀ·Z
-      return {kYb, pass.down_rank.width, kZ, true};
-    case AdapterTensor::kDownB:  // s·(w·dY)ᵀ·(Z·Adᵀ)
-      break;
-  }
-  return {kZa, pass.down_rank.width, kDy, true};
-}
-
+// S of one tensor of one expert, over `rows` of a block; ARCHITECTURE.md, dA and dB:
+//   s·(dG·Bg)ᵀ·X   s·dGᵀ·(X·Agᵀ)   U like G   s·(w·dY·Bd)ᵀ·Z   s·(w·dY)ᵀ·(Z·Adᵀ)
 void accumulate_rows(const Pass& pass, Block& block, Range rows, AdapterTensor which) {
   const LoraLayer::Tensor& tensor = pass.accumulate_to->tensor(which);
   if (tensor.shape.rows == 0) return;
   const LoraLayer::Part part = LoraLayer::part_of(which);
   const bool is_b = part == LoraLayer::kGateUpB || part == LoraLayer::kDownB;
   const bool is_down = part == LoraLayer::kDownA || part == LoraLayer::kDownB;
-  const Gradient g = gradient_of(pass, which);
-  const Rows right = rows_of(pass, block, g.right, rows.begin);
-  const std::int64_t rank = is_b ? tensor.shape.cols : tensor.shape.rows;
-  const std::int64_t columns = is_b ? tensor.shape.rows : tensor.shape.cols;
-  pass.table.lora_wgrad(floats_of(block, g.left, rows.begin, g.width) + g.column, g.width,
-                        right.data + g.right_column * pass.element_bytes, right.ld, g.panel_step,
-                        g.is_weighted ? pass.routes.weight.data() + block.begin + rows.begin : nullptr, rows.count(),
-                        rank, columns,
+  const bool is_up = which == AdapterTensor::kUpA || which == AdapterTensor::kUpB;
+  const std::int64_t width = (is_down ? pass.down_rank : pass.gate_up_rank).width;
+  const Operand narrow = is_down ? (is_b ? kZa : kYb) : (is_b ? kXa : kGb);
+  const Operand wide = is_down ? (is_b ? kDy : kZ) : (is_b ? kGateUp : kX);
+  const float* left = floats_of(block, narrow, rows.begin, width) + (is_up ? pass.lora->up_column() : 0);
+  const Rows right = rows_of(pass, block, wide, rows.begin);
+  // Panels of dG and dU alternate.
+  const std::int64_t panel_step = wide == kGateUp ? 2 * kPanelRows : kPanelRows;
+  const std::int64_t first_column = wide == kGateUp && is_up ? kPanelRows : 0;
+  pass.table.lora_wgrad(left, width, right.data + first_column * pass.element_bytes, right.ld, panel_step,
+                        is_down ? pass.routes.weight.data() + block.begin + rows.begin : nullptr, rows.count(),
+                        is_b ? tensor.shape.cols : tensor.shape.rows, is_b ? tensor.shape.rows : tensor.shape.cols,
                         static_cast<float>((is_down ? pass.lora->spec.down : pass.lora->spec.gate_up).scaling),
                         tensor.s + block.expert * tensor.expert_size(), tensor.shape.cols, is_b);
 }
@@ -135,9 +110,8 @@ void accumulate(const Pass& pass, Block& block, Range tensors, Worker& /*worker*
 }  // namespace
 
 StageList backward_stages(const Pass& pass) {
-  const bool sums_gate_up = pass.accumulate_to != nullptr && pass.adapts_gate_up();
   const Operands dy_again = when(pass.adapts_down(), kDy);
-  const Operands projected = when(pass.adapts_gate_up(), kGateUp);
+  const bool adapts_gate_up = pass.adapts_gate_up();
   const Operands g_and_u = pass.recompute ? kGateUp : kKept;
   const Operands z = when(keeps_z(pass), kZ);
   StageList stages;
@@ -153,14 +127,15 @@ StageList backward_stages(const Pass& pass) {
     stages.push_back({StageId::kLoraGradients, Division::kTensors, accumulate<AdapterTensor::kDownA>,
                       kDy | kYb | kZ | kZa, kDownSums});
   }
-  stages.push_back({StageId::kFinishRows, Division::kRows, finish_rows, kDw | kGateUpLoraB | projected, kGb});
+  stages.push_back({StageId::kFinishRows, Division::kRows, finish_rows,
+                    kDw | kGateUpLoraB | when(adapts_gate_up, kGateUp), when(adapts_gate_up, kGb)});
   stages.push_back({StageId::kGradX, Division::kTransposed, grad_x, kGateUp | kGb | kGateUpW | kGateUpLoraA, kOut});
-  if (sums_gate_up) {
+  if (pass.accumulate_to != nullptr && adapts_gate_up) {
     if (!pass.recompute) stages.push_back(gather_x_stage(pass));
     stages.push_back({StageId::kLoraGradients, Division::kTensors, accumulate<AdapterTensor::kGateA>,
                       kX | kXa | kGateUp | kGb, kGateUpSums});
   }
-  return existing_operands(pass, stages);
+  return stages;
 }
 
 }  // namespace kt::coproc

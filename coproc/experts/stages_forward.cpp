@@ -38,7 +38,7 @@ void gather_x(const Pass& pass, Block& block, Range rows, Worker& worker, const 
   gather(pass, block, kX, rows, [&](std::size_t item) -> const void* {
     return pass.is_forward() ? pass.forward_items[item].x : pass.backward_items[item].act->x.data();
   });
-  project(pass, {kX, kXa, LoraLayer::kGateUpA, false}, block, rows, worker);
+  project(pass, LoraLayer::kGateUpA, block, rows, worker);
 }
 
 void gate_up(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& next) {
@@ -48,7 +48,7 @@ void gate_up(const Pass& pass, Block& block, Range panels, Worker& worker, const
 }
 
 void project_z(const Pass& pass, Block& block, Range rows, Worker& worker, const Fetch& /*next*/) {
-  project(pass, {kZ, kZa, LoraLayer::kDownA, false}, block, rows, worker);
+  project(pass, LoraLayer::kDownA, block, rows, worker);
 }
 
 void down(const Pass& pass, Block& block, Range panels, Worker& worker, const Fetch& next) {
@@ -71,7 +71,7 @@ StageList forward_stages(const Pass& pass) {
   StageList stages = {gather_x_stage(pass), gate_up_stage(kKept)};
   if (pass.adapts_down()) stages.push_back(project_z_stage());
   stages.push_back({StageId::kDown, Division::kPanels, down, kZ | kZa | kDownW | kDownLoraB, kOut});
-  return existing_operands(pass, stages);
+  return stages;
 }
 
 }  // namespace kt::coproc

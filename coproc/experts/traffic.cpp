@@ -100,31 +100,18 @@ std::int64_t Account::bytes_of(const Access& access, const Share& share) const {
 
 void Account::add_outside(const Stage& stage, const Share& share) {
   Traffic::Stage& to = traffic_[stage.id];
+  if ((stage.reads & (kGateUpW | kDownW)) != 0) {
+    const WeightMatrix w = stage.w(pass_, share.expert);
+    to.weight_bytes += w.num_panels * (w.stride - kernels::kPanelPadBytes);
+  }
   for_each_operand(stage.reads & ~kArrays, [&](Operand operand) {
-    const auto lora = [&](LoraLayer::Part part) {
-      const LoraMatrix matrix = lora_matrix(pass_, part, share.expert);
-      // Behind the weights, gemm reads only the columns that are not zero.
-      const std::int64_t k = stage.division == Division::kPanels ? matrix.rank.depth : matrix.panels.k;
-      to.lora_bytes += matrix.panels.num_panels * kPanelRows * k * pass_.element_bytes;
-    };
-    switch (operand) {
-      case kGateUpW:
-      case kDownW: {
-        const WeightMatrix w = stage.w(pass_, share.expert);
-        to.weight_bytes += w.num_panels * (w.stride - kernels::kPanelPadBytes);
-        break;
-      }
-      case kGateUpLoraA:
-        return lora(LoraLayer::kGateUpA);
-      case kGateUpLoraB:
-        return lora(LoraLayer::kGateUpB);
-      case kDownLoraA:
-        return lora(LoraLayer::kDownA);
-      case kDownLoraB:
-        return lora(LoraLayer::kDownB);
-      default:
-        to.activation_bytes += share.num_rows * row_bytes(pass_, operand);
-    }
+    to.activation_bytes += share.num_rows * row_bytes(pass_, operand);
+    const int part = std::countr_zero<Operands>(operand) - std::countr_zero<Operands>(kGateUpLoraA);
+    if (part < 0) return;
+    const LoraMatrix lora = lora_matrix(pass_, static_cast<LoraLayer::Part>(part), share.expert);
+    // Behind the weights, gemm reads only the columns that are not zero.
+    const std::int64_t k = stage.division == Division::kPanels ? lora.rank.depth : lora.panels.k;
+    to.lora_bytes += lora.panels.num_panels * kPanelRows * k * pass_.element_bytes;
   });
   const std::int64_t num_blocks = RowBlocks(share.num_rows, pass_.rows_max).num_blocks;  // Each is added to the sums.
   for_each_operand(stage.writes & ~kArrays, [&](Operand operand) {
