@@ -34,6 +34,8 @@
 #include <string>
 #include <string_view>
 
+#include "shm/base/activation.h"
+
 namespace kt::kernels {
 
 inline constexpr std::int64_t kPanelRows = 32;
@@ -112,6 +114,37 @@ struct AdamwArgs {
   float eps;
 };
 
+// Arrays are row by row, a row ld_… behind the one before it, counted in what the array holds. n: a multiple of 32.
+struct ActivateArgs {
+  Activation activation = {};      // f
+  std::int64_t m = 0;              // rows
+  std::int64_t n = 0;              // columns of z
+  const float* gate_up = nullptr;  // [m, 2·n], interleaved
+  std::int64_t ld_gate_up = 0;
+  void* saved = nullptr;  // [m, 2·n] elements, interleaved: round(gate_up). null: not kept.
+  std::int64_t ld_saved = 0;
+  void* z = nullptr;  // [m, n] elements: round(f(gate, up))
+  std::int64_t ld_z = 0;
+};
+
+struct ActivateBackwardArgs {
+  Activation activation = {};
+  std::int64_t m = 0;
+  std::int64_t n = 0;
+  const void* saved = nullptr;  // [any, 2·n] elements, interleaved
+  std::int64_t ld_saved = 0;
+  const std::int32_t* saved_row = nullptr;  // [m]: the row of `saved` for each of m; null: 0, 1, …
+  const float* p = nullptr;                 // [m, n]: ∂y/∂z before weighting
+  std::int64_t ld_p = 0;
+  const float* weight = nullptr;  // [m]: ∂L/∂z = weight·p
+  float* grad_weight = nullptr;   // [n/32, m]: Σ p·z over each 32 columns, in a fixed order; the caller adds them up
+  std::int64_t ld_grad_weight = 0;
+  void* z = nullptr;  // [m, n] elements: round(f(gate, up)). null: not wanted.
+  std::int64_t ld_z = 0;
+  void* grad_gate_up = nullptr;  // [m, 2·n] elements, interleaved: ∂L/∂gate, ∂L/∂up, rounded; may be `saved` itself
+  std::int64_t ld_grad = 0;
+};
+
 struct KernelTable {
   std::string_view name;   // "amx", "avx512", "avx2", "scalar": also the value of --kernels.
   std::uint32_t required;  // CpuFeature bits this table needs.
@@ -158,19 +191,11 @@ struct KernelTable {
   void (*gather)(const void* x, std::int64_t ldx, const std::int32_t* row, std::int64_t m, std::int64_t n,
                  std::int64_t n_padded, void* out, std::int64_t ldo);
 
-  // gate_up[m, 2·i] f32 interleaved (ld) -> z[m, i] = round(silu(G)·U); saved[m, 2·i] = round(gate_up), interleaved,
-  // unless null. i: a multiple of 32.
-  void (*swiglu)(const float* gate_up, std::int64_t ld, std::int64_t m, std::int64_t i, void* saved,
-                 std::int64_t ld_saved, void* z, std::int64_t ldz);
+  // z = f(gate, up), element by element, and a rounded copy of gate and up for backward.
+  void (*activate)(const ActivateArgs& args);
 
-  // From rows saved_row[m] (null: 0, 1, …) of saved[…, 2·i] (elements, interleaved), p[m, i] f32 = ∂y/∂z before
-  // weighting, weight[m]:
-  //   grad_weight[i/32, m] (ldw) = Σ p·z over each 32 columns (fp32, in a fixed order; the caller adds them up),
-  //   z[m, i] = round(silu(G)·U) unless null,
-  //   grad_gate_up[m, 2·i] = round(dG), round(dU) interleaved, of dZ = weight·p; may be `saved` itself.
-  void (*swiglu_backward)(const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
-                          std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
-                          std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg);
+  // From gate and up, and p = ∂y/∂z before weighting: the gradients of gate, up and the routing weight.
+  void (*activate_backward)(const ActivateBackwardArgs& args);
 
   // grad[r, n] f32 (ldg) += Σ_m L[m, r]·right[m, n], by gemm: L = round(scale · left[m, r] f32 (ldl) · row_scale[m]) in
   // elements, row_scale null = 1. Columns 32p … 32p + 31 of right (elements, ldr) begin at p · panel_step. transposed:

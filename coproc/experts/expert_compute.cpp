@@ -12,18 +12,15 @@
 #include "coproc/experts/stages_forward.h"
 
 namespace kt::coproc {
-namespace {
-
-struct Node {
-  ExpertPlan plan;
-  std::vector<Block> blocks;  // Of the shared experts; more than there are now keep their memory.
-  std::vector<SharedTask> tasks;
-  Scratch out;  // [rows of this node, Hp].
-};
-
-}  // namespace
 
 struct ExpertCompute::State {
+  struct Node {
+    ExpertPlan plan;
+    std::vector<Block> blocks;  // Of the shared experts; more than there are now keep their memory.
+    std::vector<SharedTask> tasks;
+    Scratch out;  // [rows of this node, Hp].
+  };
+
   State(ExpertDims dims_in, const kernels::KernelTable& table_in, const ExpertWeights& weights_in, WorkerPool& pool)
       : dims(std::move(dims_in)),
         table(table_in),

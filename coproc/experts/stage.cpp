@@ -7,8 +7,6 @@ namespace {
 
 using kernels::kPanelRows;
 
-constexpr std::int64_t kFloatBytes = sizeof(float);
-
 // The blocks' rows are an odd number of cache lines apart: a multiple of 4 KiB would put all into the same sets of L1.
 std::int64_t row_elements(std::int64_t elements, std::int64_t element_bytes) {
   const std::int64_t of_line = 64 / element_bytes;
@@ -36,6 +34,7 @@ Pass::Pass(const ExpertDims& dims, const kernels::KernelTable& table_in, const E
       intermediate_padded(dims.intermediate_padded()),
       element_bytes(dims.element_bytes),
       top_k(dims.top_k),
+      activation(dims.activation),
       gate_up_rank(lora == nullptr ? LoraRank{} : lora->gate_up_rank(table.k_multiple)),
       down_rank(lora == nullptr ? LoraRank{} : lora->down_rank(table.k_multiple)),
       rows_max(choose_rows_max(table.l2_bytes, hidden_padded * element_bytes)) {}

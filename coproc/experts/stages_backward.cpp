@@ -27,12 +27,21 @@ void differentiate_rows(const Pass& pass, Block& block, Range rows, Range panels
                                      std::int64_t row, std::int64_t count) {
     const Rows gate_up = rows_of(pass, block, kGateUp, row);
     const Rows z = keeps_z(pass) ? rows_of(pass, block, kZ, row) : Rows{};
-    pass.table.swiglu_backward(static_cast<const std::byte*>(saved) + 2 * column * pass.element_bytes, ld_saved,
-                               saved_row, p + (row - rows.begin) * columns, columns,
-                               pass.routes.weight.data() + block.begin + row, count, columns,
-                               block[kDw].floats() + panels.begin * block.num_rows() + row, block.num_rows(),
-                               z.data == nullptr ? nullptr : z.data + column * pass.element_bytes, z.ld,
-                               gate_up.data + 2 * column * pass.element_bytes, gate_up.ld);
+    pass.table.activate_backward({.activation = pass.activation,
+                                  .m = count,
+                                  .n = columns,
+                                  .saved = static_cast<const std::byte*>(saved) + 2 * column * pass.element_bytes,
+                                  .ld_saved = ld_saved,
+                                  .saved_row = saved_row,
+                                  .p = p + (row - rows.begin) * columns,
+                                  .ld_p = columns,
+                                  .weight = pass.routes.weight.data() + block.begin + row,
+                                  .grad_weight = block[kDw].floats() + panels.begin * block.num_rows() + row,
+                                  .ld_grad_weight = block.num_rows(),
+                                  .z = z.data == nullptr ? nullptr : z.data + column * pass.element_bytes,
+                                  .ld_z = z.ld,
+                                  .grad_gate_up = gate_up.data + 2 * column * pass.element_bytes,
+                                  .ld_grad = gate_up.ld});
   };
   if (pass.recompute) {
     const Rows saved = rows_of(pass, block, kGateUp, rows.begin);

@@ -12,24 +12,30 @@ using kernels::kPanelRows;
 void activate(const Pass& pass, Block& block, Range rows, Range panels, const float* tile) {
   const std::int64_t columns = panels.count() * kPanelRows;
   const std::int64_t first_column = panels.begin * kPanelRows;
-  const auto swiglu = [&](std::int64_t row, std::int64_t count, std::byte* saved, std::int64_t ld_saved) {
+  const auto activate_rows = [&](std::int64_t row, std::int64_t count, std::byte* saved, std::int64_t ld_saved) {
     const Rows z = rows_of(pass, block, kZ, row);
-    pass.table.swiglu(tile + (row - rows.begin) * columns, columns, count, columns / 2,
-                      saved == nullptr ? nullptr : saved + first_column * pass.element_bytes, ld_saved,
-                      z.data + first_column / 2 * pass.element_bytes, z.ld);
+    pass.table.activate({.activation = pass.activation,
+                         .m = count,
+                         .n = columns / 2,
+                         .gate_up = tile + (row - rows.begin) * columns,
+                         .ld_gate_up = columns,
+                         .saved = saved == nullptr ? nullptr : saved + first_column * pass.element_bytes,
+                         .ld_saved = ld_saved,
+                         .z = z.data + first_column / 2 * pass.element_bytes,
+                         .ld_z = z.ld});
   };
   if (!pass.is_forward()) {
     const Rows saved = rows_of(pass, block, kGateUp, rows.begin);
-    return swiglu(rows.begin, rows.count(), saved.data, saved.ld);
+    return activate_rows(rows.begin, rows.count(), saved.data, saved.ld);
   }
   const std::int64_t ld_kept = 2 * pass.intermediate_padded;
   for_each_run(pass.routes, block.begin + rows.begin, block.begin + rows.end,
                [&](std::size_t item, std::int64_t first, std::int64_t stop) {
                  auto* kept = static_cast<std::byte*>(pass.forward_items[item].save_gate_up);
-                 if (kept == nullptr) return swiglu(first - block.begin, stop - first, nullptr, 0);
+                 if (kept == nullptr) return activate_rows(first - block.begin, stop - first, nullptr, 0);
                  for (std::int64_t row = first; row < stop; ++row) {
                    const std::int64_t route = pass.routes.route[static_cast<std::size_t>(row)];
-                   swiglu(row - block.begin, 1, kept + route * ld_kept * pass.element_bytes, ld_kept);
+                   activate_rows(row - block.begin, 1, kept + route * ld_kept * pass.element_bytes, ld_kept);
                  }
                });
 }

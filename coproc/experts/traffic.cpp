@@ -11,7 +11,6 @@ namespace {
 
 using kernels::kPanelRows;
 
-constexpr std::int64_t kFloatBytes = sizeof(float);
 constexpr std::int64_t kPieceBytes = 65536;  // Of a transposed matrix, two of 32 KiB: the one at work and the next.
 
 // Of a row of an operand that is rows, without what pads an array's rows. Those of LoRA's rank, and dw, are left out.

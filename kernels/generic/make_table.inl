@@ -37,7 +37,7 @@ constexpr KernelTable make_table(const TableFacts& facts) {
 #else
     .quantised_gemm = nullptr,
 #endif
-    .round_rows = round_rows, .gather = gather, .swiglu = swiglu, .swiglu_backward = swiglu_backward,
+    .round_rows = round_rows, .gather = gather, .activate = activate, .activate_backward = activate_backward,
     .lora_wgrad = lora_wgrad, .sum_routes = sum_routes, .adamw = adamw,
   };
 }

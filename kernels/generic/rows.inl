@@ -1,6 +1,7 @@
-// Kernels on rows of activations: rounding, the weighted sum over routes, SwiGLU and its gradient. Nothing here mixes
-// rows, so a row's result does not depend on its company.
+// Kernels on rows of activations: rounding, the weighted sum over routes, the activation and its gradient. Nothing here
+// mixes rows, so a row's result does not depend on its company.
 #pragma once
+#include "kernels/generic/activation.inl"
 #include "kernels/generic/panel.inl"
 #include "kernels/generic/vector.inl"
 
@@ -33,24 +34,28 @@ void sum_routes(const void* rows, std::int64_t ld, const std::int32_t* route_row
   }
 }
 
-void swiglu(const float* gate_up, std::int64_t ld, std::int64_t m, std::int64_t i, void* saved, std::int64_t ld_saved,
-            void* z, std::int64_t ldz) {
-  for (std::int64_t row = 0; row < m; ++row) {
-    const float* in = gate_up + row * ld;
-    Element* keep = saved == nullptr ? nullptr : static_cast<Element*>(saved) + row * ld_saved;
-    Element* out = static_cast<Element*>(z) + row * ldz;
-    for (std::int64_t c = 0; c < i; c += kLanes) {
+template <typename Function>
+void activate_rows(const Function& function, const ActivateArgs args) {
+  for (std::int64_t row = 0; row < args.m; ++row) {
+    const float* in = args.gate_up + row * args.ld_gate_up;
+    Element* saved = args.saved == nullptr ? nullptr : static_cast<Element*>(args.saved) + row * args.ld_saved;
+    Element* z = static_cast<Element*>(args.z) + row * args.ld_z;
+    for (std::int64_t c = 0; c < args.n; c += kLanes) {
       const std::int64_t gate = c / kPanelRows * 2 * kPanelRows + c % kPanelRows;
       const std::int64_t up = gate + kPanelRows;
       const F32 g = load(in + gate);
       const F32 u = load(in + up);
-      if (keep != nullptr) {
-        store(keep + gate, g);
-        store(keep + up, u);
+      if (saved != nullptr) {
+        store(saved + gate, g);
+        store(saved + up, u);
       }
-      store(out + c, g * sigmoid(g) * u);
+      store(z + c, function.value(g, u));
     }
   }
+}
+
+void activate(const ActivateArgs& args) {
+  with_activation(args.activation, [&](const auto& function) { activate_rows(function, args); });
 }
 
 // Sixteen running sums, element i added to sum i mod 16, then folded in halves: the same order for every kLanes.
@@ -67,40 +72,45 @@ struct Sum16 {
   }
 };
 
-// 32 columns of one row of swiglu_backward; returns Σ p·z. Everything is read before anything is written in its place.
-float swiglu_backward_panel(const Element* saved, const float* p, float weight, Element* z, Element* grad) {
+// 32 columns of one row of activate_backward; returns Σ p·z. Everything is read before anything is written in its
+// place. Not inlined: in the loop over rows g++ folds the sums by shuffles of lanes, which no kernel else needs.
+template <typename Function>
+[[gnu::noinline]] float activate_backward_panel(const Function& function, const Element* saved, const float* p,
+                                                float weight, Element* z, Element* grad) {
   Sum16 dot;
   for (std::int64_t c = 0; c < kPanelRows; c += 16) {
     for (std::int64_t v = 0; v < Sum16::kVectors; ++v) {
       const std::int64_t column = c + v * kLanes;
       const F32 g = load(saved + column);
       const F32 u = load(saved + column + kPanelRows);
-      const F32 s = sigmoid(g);
-      const F32 silu = g * s;
-      const F32 z_value = silu * u;
+      const F32 z_value = function.value(g, u);
       const F32 p_value = load(p + column);
-      const F32 dz = p_value * weight;
+      const GateUp grad_value = function.gradient(g, u, p_value * weight);
       dot.sum[v] += p_value * z_value;
       if (z != nullptr) store(z + column, z_value);
-      store(grad + column, dz * u * s * (1.0f + g * (1.0f - s)));
-      store(grad + column + kPanelRows, dz * silu);
+      store(grad + column, grad_value.gate);
+      store(grad + column + kPanelRows, grad_value.up);
     }
   }
   return dot.total();
 }
 
-void swiglu_backward(const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
-                     std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
-                     std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg) {
-  for (std::int64_t row = 0; row < m; ++row) {
-    const std::int64_t from = saved_row == nullptr ? row : saved_row[row];
-    const Element* gate_up = static_cast<const Element*>(saved) + from * ld_saved;
-    Element* grad = static_cast<Element*>(grad_gate_up) + row * ldg;
-    for (std::int64_t c = 0; c < i; c += kPanelRows)
-      grad_weight[c / kPanelRows * ldw + row] =
-          swiglu_backward_panel(gate_up + 2 * c, p + row * ldp + c, weight[row],
-                                z == nullptr ? nullptr : static_cast<Element*>(z) + row * ldz + c, grad + 2 * c);
+template <typename Function>
+void activate_backward_rows(const Function& function, const ActivateBackwardArgs args) {
+  for (std::int64_t row = 0; row < args.m; ++row) {
+    const std::int64_t from = args.saved_row == nullptr ? row : args.saved_row[row];
+    const Element* saved = static_cast<const Element*>(args.saved) + from * args.ld_saved;
+    const float* p = args.p + row * args.ld_p;
+    Element* z = args.z == nullptr ? nullptr : static_cast<Element*>(args.z) + row * args.ld_z;
+    Element* grad = static_cast<Element*>(args.grad_gate_up) + row * args.ld_grad;
+    for (std::int64_t c = 0; c < args.n; c += kPanelRows)
+      args.grad_weight[c / kPanelRows * args.ld_grad_weight + row] = activate_backward_panel(
+          function, saved + 2 * c, p + c, args.weight[row], z == nullptr ? nullptr : z + c, grad + 2 * c);
   }
+}
+
+void activate_backward(const ActivateBackwardArgs& args) {
+  with_activation(args.activation, [&](const auto& function) { activate_backward_rows(function, args); });
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // Kernels on rows of activations against fp64, against a bit model where one is a line long, and against the portable
 // table, whose bits they share.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -15,7 +16,7 @@ using kernels::KernelTable;
 // Column of gate j in an interleaved row; up lies 32 further.
 std::int64_t gate_column(std::int64_t j) { return j / 32 * 64 + j % 32; }
 
-struct SwigluResult {
+struct ActivateResult {
   Matrix saved;
   Matrix z;
 };
@@ -40,22 +41,47 @@ class Rows : public KernelTest {
     EXPECT_LE(std::fabs(double{got} - want), allowed) << what << ": want " << want << " got " << got;
   }
 
-  SwigluResult swiglu(const KernelTable& with, const Matrix& gate_up) const {
+  ActivateResult activate(const KernelTable& with, const Matrix& gate_up, const Activation& activation = {}) const {
     const std::int64_t i = gate_up.num_columns() / 2;
-    SwigluResult result{Matrix(gate_up.num_rows(), 2 * i, element_bytes(), 2),
-                        Matrix(gate_up.num_rows(), i, element_bytes(), 5)};
-    with.swiglu(gate_up.floats(), gate_up.ld(), gate_up.num_rows(), i, result.saved.data(), result.saved.ld(),
-                result.z.data(), result.z.ld());
+    ActivateResult result{Matrix(gate_up.num_rows(), 2 * i, element_bytes(), 2),
+                          Matrix(gate_up.num_rows(), i, element_bytes(), 5)};
+    with.activate({.activation = activation,
+                   .m = gate_up.num_rows(),
+                   .n = i,
+                   .gate_up = gate_up.floats(),
+                   .ld_gate_up = gate_up.ld(),
+                   .saved = result.saved.data(),
+                   .ld_saved = result.saved.ld(),
+                   .z = result.z.data(),
+                   .ld_z = result.z.ld()});
     return result;
   }
 
-  BackwardResult backward(const KernelTable& with, const Matrix& saved, const Matrix& p, const Matrix& weight) const {
+  // Without places for the results.
+  static kernels::ActivateBackwardArgs backward_args(const Matrix& saved, const Matrix& p, const Matrix& weight) {
+    return {.m = saved.num_rows(),
+            .n = p.num_columns(),
+            .saved = saved.data(),
+            .ld_saved = saved.ld(),
+            .p = p.floats(),
+            .ld_p = p.ld(),
+            .weight = weight.floats()};
+  }
+
+  BackwardResult backward(const KernelTable& with, const Matrix& saved, const Matrix& p, const Matrix& weight,
+                          const Activation& activation = {}) const {
     const std::int64_t m = saved.num_rows();
     const std::int64_t i = p.num_columns();
     BackwardResult result{Matrix(i / 32, m, 4), Matrix(m, i, element_bytes(), 3), Matrix(m, 2 * i, element_bytes(), 1)};
-    with.swiglu_backward(saved.data(), saved.ld(), nullptr, p.floats(), p.ld(), weight.floats(), m, i,
-                         result.grad_weight.floats(), result.grad_weight.ld(), result.z.data(), result.z.ld(),
-                         result.grad.data(), result.grad.ld());
+    kernels::ActivateBackwardArgs args = backward_args(saved, p, weight);
+    args.activation = activation;
+    args.grad_weight = result.grad_weight.floats();
+    args.ld_grad_weight = result.grad_weight.ld();
+    args.z = result.z.data();
+    args.ld_z = result.z.ld();
+    args.grad_gate_up = result.grad.data();
+    args.ld_grad = result.grad.ld();
+    with.activate_backward(args);
     return result;
   }
 
@@ -131,7 +157,7 @@ TEST_P(Rows, SwigluMeetsFp64AndKeepsRoundedGateAndUp) {
     Matrix gate_up = floats(4, 2 * i, deviation);
     const float extremes[] = {0.0f, -0.0f, 1e-30f, -104.0f, -87.5f, 89.0f, -1e30f, 1e30f, -20.0f};
     for (std::int64_t c = 0; c < 9; ++c) gate_up.set(0, c, extremes[c]);
-    const SwigluResult got = swiglu(table(), gate_up);
+    const ActivateResult got = activate(table(), gate_up);
     for (std::int64_t r = 0; r < 4; ++r) {
       for (std::int64_t j = 0; j < i; ++j) {
         const double g = double{gate_up.get(r, gate_column(j))};
@@ -146,7 +172,7 @@ TEST_P(Rows, SwigluMeetsFp64AndKeepsRoundedGateAndUp) {
     EXPECT_TRUE(same_matrix(saved, got.saved));
     EXPECT_TRUE(got.saved.guards_are_intact());
     EXPECT_TRUE(got.z.guards_are_intact());
-    const SwigluResult reference = swiglu(portable(), gate_up);
+    const ActivateResult reference = activate(portable(), gate_up);
     EXPECT_TRUE(same_matrix(reference.z, got.z)) << "differs from the portable table";
   }
 }
@@ -155,9 +181,10 @@ TEST_P(Rows, SwigluWithoutSavingGivesTheSameBitsAndNanStaysNan) {
   Matrix gate_up = floats(2, 64, 2.0f);
   gate_up.set(0, 0, std::numeric_limits<float>::quiet_NaN());
   gate_up.set(0, 33, std::numeric_limits<float>::infinity());
-  const SwigluResult with = swiglu(table(), gate_up);
+  const ActivateResult with = activate(table(), gate_up);
   Matrix z(2, 32, element_bytes(), 1);
-  table().swiglu(gate_up.floats(), gate_up.ld(), 2, 32, nullptr, 0, z.data(), z.ld());
+  table().activate(
+      {.m = 2, .n = 32, .gate_up = gate_up.floats(), .ld_gate_up = gate_up.ld(), .z = z.data(), .ld_z = z.ld()});
   EXPECT_TRUE(same_matrix(with.z, z));
   EXPECT_TRUE(std::isnan(z.get(0, 0)));
   EXPECT_TRUE(std::isinf(z.get(0, 1)));
@@ -212,8 +239,16 @@ TEST_P(Rows, SwigluBackwardHasThePortableBitsWhateverTheCompany) {
     float grad_weight = 0;
     Matrix grad(1, 64, element_bytes());
     const auto row = static_cast<std::int32_t>(r);
-    table().swiglu_backward(saved.data(), saved.ld(), &row, p.floats() + r * p.ld(), p.ld(), weight.floats() + r, 1, 32,
-                            &grad_weight, 1, nullptr, 0, grad.data(), grad.ld());
+    kernels::ActivateBackwardArgs args = backward_args(saved, p, weight);
+    args.m = 1;
+    args.saved_row = &row;
+    args.p += r * p.ld();
+    args.weight += r;
+    args.grad_weight = &grad_weight;
+    args.ld_grad_weight = 1;
+    args.grad_gate_up = grad.data();
+    args.ld_grad = grad.ld();
+    table().activate_backward(args);
     EXPECT_TRUE(same_bits(grad_weight, all.grad_weight.get(0, r)));
     for (std::int64_t c = 0; c < 64; ++c) EXPECT_TRUE(same_bits(grad.get(0, c), all.grad.get(r, c)));
   }
@@ -228,14 +263,119 @@ TEST_P(Rows, SwigluBackwardOfAPartOfTheColumnsInPlaceHasTheBitsOfTheWhole) {
   for (std::int64_t panel = 0; panel < 3; ++panel) {
     Matrix grad_weight(1, 3, 4);
     std::byte* part = gate_up.data() + panel * 64 * element_bytes();
-    table().swiglu_backward(part, gate_up.ld(), nullptr, p.floats() + panel * 32, p.ld(), weight.floats(), 3, 32,
-                            grad_weight.floats(), grad_weight.ld(), nullptr, 0, part, gate_up.ld());
+    kernels::ActivateBackwardArgs args = backward_args(gate_up, p, weight);
+    args.n = 32;
+    args.saved = part;
+    args.p += panel * 32;
+    args.grad_weight = grad_weight.floats();
+    args.ld_grad_weight = grad_weight.ld();
+    args.grad_gate_up = part;
+    args.ld_grad = gate_up.ld();
+    table().activate_backward(args);
     EXPECT_TRUE(grad_weight.guards_are_intact());
     for (std::int64_t r = 0; r < 3; ++r)
       EXPECT_TRUE(same_bits(grad_weight.get(0, r), all.grad_weight.get(panel, r))) << "row " << r;
   }
   EXPECT_TRUE(same_matrix(all.grad, gate_up));
   EXPECT_TRUE(gate_up.guards_are_intact());
+}
+
+// What torch.clamp gives, and whether its gradient passes: at the limit it does, at NaN it does not.
+struct Clamped {
+  double value;
+  bool passes;
+};
+Clamped clamped(float x, double low, double high) {
+  if (std::isnan(x)) return {double{x}, false};
+  return {std::min(std::max(double{x}, low), high), double{x} >= low && double{x} <= high};
+}
+
+// Gate and up below, at and above the limit, and NaN: each gate meets each up.
+constexpr float kAroundLimit[] = {-9.0f, -2.0f, -1.0f, -0.0f, 0.5f, 2.0f, 2.015625f, 1e30f, -1e30f};
+constexpr Activation kClampedAtTwo = {ActivationKind::kClampedSwiGlu, 2.0f};
+void set_around_limit(Matrix& gate_up) {
+  for (std::int64_t r = 0; r < 9; ++r) {
+    for (std::int64_t j = 0; j < 9; ++j) {
+      gate_up.set(r, j, kAroundLimit[r]);
+      gate_up.set(r, j + 32, kAroundLimit[j]);
+    }
+  }
+}
+
+TEST_P(Rows, ClampedSwigluMeetsFp64AndHasThePortableBits) {
+  Matrix gate_up = floats(9, 64, 2.0f);
+  set_around_limit(gate_up);
+  const ActivateResult got = activate(table(), gate_up, kClampedAtTwo);
+  for (std::int64_t r = 0; r < 9; ++r) {
+    for (std::int64_t j = 0; j < 32; ++j) {
+      const double g = clamped(gate_up.get(r, j), -1e40, 2).value;
+      const double want = g / (1.0 + std::exp(-g)) * clamped(gate_up.get(r, j + 32), -2, 2).value;
+      expect_near(want, got.z.get(r, j), std::fabs(want), 5e-7, "z");
+    }
+  }
+  EXPECT_TRUE(same_matrix(activate(table(), gate_up).saved, got.saved)) << "kept are gate and up before clamping";
+  EXPECT_TRUE(same_matrix(activate(portable(), gate_up, kClampedAtTwo).z, got.z));
+  EXPECT_TRUE(got.z.guards_are_intact());
+}
+
+TEST_P(Rows, ClampedSwigluBackwardHasTorchsGradientAtAndBeyondTheLimit) {
+  Matrix saved = elements(9, 64, 2.0f);
+  set_around_limit(saved);
+  const Matrix p = floats(9, 32, 1.0f);
+  const Matrix weight = floats(1, 9, 0.5f);
+  const BackwardResult got = backward(table(), saved, p, weight, kClampedAtTwo);
+  for (std::int64_t r = 0; r < 9; ++r) {
+    double dot = 0;
+    double magnitude = 0;
+    for (std::int64_t j = 0; j < 32; ++j) {
+      const Clamped gate = clamped(saved.get(r, j), -1e40, 2);
+      const Clamped up = clamped(saved.get(r, j + 32), -2, 2);
+      const double s = 1.0 / (1.0 + std::exp(-gate.value));
+      const double z = gate.value * s * up.value;
+      const double dz = double{p.get(r, j)} * double{weight.get(0, r)};
+      const double dg = gate.passes ? dz * up.value * s * (1.0 + gate.value * (1.0 - s)) : 0;
+      const double du = up.passes ? dz * gate.value * s : 0;
+      dot += double{p.get(r, j)} * z;
+      magnitude += std::fabs(double{p.get(r, j)} * z);
+      expect_near(z, got.z.get(r, j), std::fabs(z), 5e-7, "z");
+      expect_near(dg, got.grad.get(r, j), std::fabs(dz * up.value * s) * (1.0 + 2 * std::fabs(gate.value)), 5e-7, "dG");
+      expect_near(du, got.grad.get(r, j + 32), std::fabs(du), 5e-7, "dU");
+    }
+    EXPECT_NEAR(got.grad_weight.get(0, r), dot, 1e-6 * magnitude) << "row " << r;
+  }
+  const BackwardResult reference = backward(portable(), saved, p, weight, kClampedAtTwo);
+  EXPECT_TRUE(same_matrix(reference.grad, got.grad));
+  EXPECT_TRUE(same_matrix(reference.z, got.z));
+  EXPECT_TRUE(same_matrix(reference.grad_weight, got.grad_weight));
+}
+
+TEST_P(Rows, ClampedSwigluKeepsNanAndPassesItsGradientToTheOtherSideOnly) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  Matrix gate_up = floats(1, 64, 1.0f);
+  gate_up.set(0, 0, nan);
+  gate_up.set(0, 33, nan);
+  const ActivateResult forward = activate(table(), gate_up, kClampedAtTwo);
+  for (const std::int64_t j : {0, 1}) EXPECT_TRUE(std::isnan(forward.z.get(0, j)));
+  EXPECT_FALSE(std::isnan(forward.z.get(0, 2)));
+  const BackwardResult got = backward(table(), forward.saved, floats(1, 32, 1.0f), floats(1, 1, 0.5f), kClampedAtTwo);
+  EXPECT_EQ(got.grad.get(0, 0), 0.0f) << "torch.clamp's gradient at NaN";
+  EXPECT_TRUE(std::isnan(got.grad.get(0, 32)));
+  EXPECT_TRUE(std::isnan(got.grad.get(0, 1)));
+  EXPECT_EQ(got.grad.get(0, 33), 0.0f) << "torch.clamp's gradient at NaN";
+}
+
+// Nothing reaches so large a limit: the bits are those of SwiGLU.
+TEST_P(Rows, ClampedSwigluFarFromItsLimitIsSwiglu) {
+  const Activation far = {ActivationKind::kClampedSwiGlu, 1e30f};
+  const Matrix gate_up = floats(3, 64, 2.0f);
+  const ActivateResult plain = activate(table(), gate_up);
+  EXPECT_TRUE(same_matrix(plain.z, activate(table(), gate_up, far).z));
+  const Matrix p = floats(3, 32, 1.0f);
+  const Matrix weight = floats(1, 3, 0.5f);
+  const BackwardResult want = backward(table(), plain.saved, p, weight);
+  const BackwardResult got = backward(table(), plain.saved, p, weight, far);
+  EXPECT_TRUE(same_matrix(want.grad, got.grad));
+  EXPECT_TRUE(same_matrix(want.grad_weight, got.grad_weight));
 }
 
 KT_INSTANTIATE_KERNEL_TESTS(Rows);

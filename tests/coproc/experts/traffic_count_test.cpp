@@ -99,19 +99,17 @@ kernels::KernelTable counting_table() {
     if (ldo == kHidden) counter.outside(m * n);
     counter.scalar.round_rows(in, ldi, m, n, scale, out, ldo);
   };
-  table.swiglu = [](const float* gate_up, std::int64_t ld, std::int64_t m, std::int64_t i, void* saved,
-                    std::int64_t ld_saved, void* z, std::int64_t ldz) {
-    if (saved != nullptr) (counter.is_backward ? counter.inside(m * 2 * i) : counter.outside(m * 2 * i));
-    counter.inside(m * i);
-    counter.scalar.swiglu(gate_up, ld, m, i, saved, ld_saved, z, ldz);
+  table.activate = [](const kernels::ActivateArgs& args) {
+    const std::int64_t gate_up = args.m * 2 * args.n;
+    if (args.saved != nullptr) (counter.is_backward ? counter.inside(gate_up) : counter.outside(gate_up));
+    counter.inside(args.m * args.n);
+    counter.scalar.activate(args);
   };
-  table.swiglu_backward = [](const void* saved, std::int64_t ld_saved, const std::int32_t* saved_row, const float* p,
-                             std::int64_t ldp, const float* weight, std::int64_t m, std::int64_t i, float* grad_weight,
-                             std::int64_t ldw, void* z, std::int64_t ldz, void* grad_gate_up, std::int64_t ldg) {
-    saved_row == nullptr ? counter.inside(m * 2 * i) : counter.outside(m * 2 * i);
-    counter.inside(m * 2 * i + (z == nullptr ? 0 : m * i));
-    counter.scalar.swiglu_backward(saved, ld_saved, saved_row, p, ldp, weight, m, i, grad_weight, ldw, z, ldz,
-                                   grad_gate_up, ldg);
+  table.activate_backward = [](const kernels::ActivateBackwardArgs& args) {
+    const std::int64_t gate_up = args.m * 2 * args.n;
+    args.saved_row == nullptr ? counter.inside(gate_up) : counter.outside(gate_up);
+    counter.inside(gate_up + (args.z == nullptr ? 0 : args.m * args.n));
+    counter.scalar.activate_backward(args);
   };
   table.lora_wgrad = [](const float* left, std::int64_t ldl, const void* right, std::int64_t ldr,
                         std::int64_t panel_step, const float* row_scale, std::int64_t m, std::int64_t r, std::int64_t n,
