@@ -1,4 +1,5 @@
-# -Wno-restrict: g++ 12 reports std::string's operator+ (GCC bug 105651).
+# -Wno-restrict: g++ 12 reports std::string's operator+ (GCC bug 105651). -Wno-subobject-linkage: in a unity build g++
+# takes a class's private implementation for a header's.
 # kt_build_flags: the one INTERFACE target that carries language level, warnings and sanitizers.
 add_library(kt_build_flags INTERFACE)
 target_compile_features(kt_build_flags INTERFACE cxx_std_20)
@@ -9,7 +10,8 @@ target_compile_options(kt_build_flags INTERFACE
   -fno-omit-frame-pointer
   $<$<BOOL:${KT_WERROR}>:-Werror>
   $<$<CXX_COMPILER_ID:GNU>:-Wduplicated-cond -Wlogical-op -Wno-psabi>
-  $<$<AND:$<CXX_COMPILER_ID:GNU>,$<CONFIG:Release>>:-Wno-restrict>)
+  $<$<AND:$<CXX_COMPILER_ID:GNU>,$<CONFIG:Release>>:-Wno-restrict>
+  $<$<AND:$<CXX_COMPILER_ID:GNU>,$<BOOL:${CMAKE_UNITY_BUILD}>>:-Wno-subobject-linkage>)
 if(KT_SANITIZE)
   target_compile_options(kt_build_flags INTERFACE -fsanitize=${KT_SANITIZE} -fno-sanitize-recover=all)
   target_link_options(kt_build_flags INTERFACE -fsanitize=${KT_SANITIZE})

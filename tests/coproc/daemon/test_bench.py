@@ -58,7 +58,7 @@ class Bench(DaemonTest):
             kinds = ("weight_bytes", "activation_bytes", "lora_bytes")
             totals = {kind: sum(stage[kind] for stage in stages) for kind in kinds}
             self.assertEqual(row["bytes"], sum(totals.values()))
-            # Panels of 32 rows, whose pads nobody reads: gate and up 2 of 64 columns, down 2 of 32; of 2 or all 8 experts.
+            # Panels of 32 rows, not their pads: gate and up 2 of 64 columns, down 2 of 32; of 2 or all 8 experts.
             expert_bytes = 2 * (32 * 64 * 2) + 2 * (32 * 32 * 2)
             self.assertEqual(totals["weight_bytes"], min(row["routes"], 8) * expert_bytes)
             self.assertEqual(row["activation_bytes_per_route"], totals["activation_bytes"] / row["routes"])
