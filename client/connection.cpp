@@ -17,10 +17,6 @@ namespace {
 using nlohmann::json;
 
 constexpr std::chrono::seconds kHelloTimeout{10};
-// Bounds that keep every payload size below 2^63 (shm/payload.h).
-constexpr std::uint32_t kHiddenSizeMax = 1u << 20;
-constexpr std::uint32_t kTopKMax = 1u << 10;
-constexpr std::uint32_t kLayersMax = 1u << 16;  // Request::layer has 16 bits.
 
 Error strange_hello(const std::string& why) {
   return Error{ErrorCode::kVersionMismatch, "the daemon's answer to hello is not understood", why,
@@ -39,46 +35,13 @@ UniqueFd open_peer_pidfd(int socket) {
   return UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
 }
 
-ModelInfo parse_model(const json& hello) {
-  const json& model = hello.at("model");
-  ModelInfo info;
-  model.at("path").get_to(info.path);
-  model.at("architecture").get_to(info.architecture);
-  model.at("fingerprint").get_to(info.fingerprint);
-  model.at("weight_format").get_to(info.weight_format);
-  model.at("num_layers").get_to(info.num_layers);
-  model.at("num_experts").get_to(info.num_experts);
-  model.at("top_k").get_to(info.top_k);
-  model.at("hidden_size").get_to(info.hidden_size);
-  model.at("intermediate_size").get_to(info.intermediate_size);
-  model.at("moe_layers").get_to(info.moe_layers);
-  hello.at("daemon_id").get_to(info.daemon_id);
-  hello.at("daemon_pid").get_to(info.daemon_pid);
-  hello.at("element_bytes").get_to(info.element_bytes);
-  return info;
-}
-
-Status check_model(const ModelInfo& model) {
-  if (model.num_layers == 0 || model.num_layers > kLayersMax) {
-    return strange_hello("num_layers is " + std::to_string(model.num_layers));
-  }
-  for (const std::uint32_t layer : model.moe_layers) {
-    if (layer >= model.num_layers) return strange_hello("moe_layers names layer " + std::to_string(layer));
-  }
-  if (model.hidden_size == 0 || model.hidden_size > kHiddenSizeMax) {
-    return strange_hello("hidden_size is " + std::to_string(model.hidden_size));
-  }
-  if (model.intermediate_size == 0 || model.intermediate_size > kHiddenSizeMax) {
-    return strange_hello("intermediate_size is " + std::to_string(model.intermediate_size));
-  }
-  if (model.top_k == 0 || model.top_k > kTopKMax) return strange_hello("top_k is " + std::to_string(model.top_k));
-  if (model.num_experts == 0 || model.num_experts > kHiddenSizeMax) {
-    return strange_hello("num_experts is " + std::to_string(model.num_experts));
-  }
-  if (model.element_bytes != 2 && model.element_bytes != 4) {
-    return strange_hello("element_bytes is " + std::to_string(model.element_bytes));
-  }
-  return ok_status();
+// Throws json::exception.
+Result<ModelInfo> parse_model(const json& hello) {
+  auto card = shm::parse_model_card(hello.at("model"));
+  if (!card.ok()) return strange_hello(card.error().why);
+  ModelInfo info{std::move(card).value(), hello.at("daemon_id"), hello.at("daemon_pid"), hello.at("element_bytes")};
+  if (info.element_bytes == 2 || info.element_bytes == 4) return info;
+  return strange_hello("element_bytes is " + std::to_string(info.element_bytes));
 }
 
 json hello_of(const ConnectOptions& options) {
@@ -108,12 +71,11 @@ Result<Connection> open_connection(const ConnectOptions& options) {
   ModelInfo model;
   std::uint32_t batch_tokens_max = 0;
   try {
-    model = parse_model(answer.body);
+    KT_TRY(model, parse_model(answer.body));
     answer.body.at("limits").at("batch_tokens_max").get_to(batch_tokens_max);
   } catch (const json::exception& failure) {
     return strange_hello(failure.what());
   }
-  KT_TRY_STATUS(check_model(model));
   if (batch_tokens_max == 0) return strange_hello("batch_tokens_max is 0");
 
   UniqueFd pidfd = open_peer_pidfd(socket.get());

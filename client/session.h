@@ -12,6 +12,7 @@
 
 #include "client/claim.h"
 #include "shm/base/result.h"
+#include "shm/model_card.h"
 #include "shm/protocol.h"
 
 namespace kt::client {
@@ -23,11 +24,10 @@ struct ConnectOptions {
   std::uint64_t arena_bytes = shm::kArenaBytesDefault;
 };
 
-struct ModelInfo {
-  std::string path, architecture, fingerprint, weight_format, daemon_id;
+// The model, and how its daemon serves it.
+struct ModelInfo : shm::ModelCard {
+  std::string daemon_id;
   std::uint32_t daemon_pid = 0;
-  std::uint32_t num_layers = 0, num_experts = 0, top_k = 0, hidden_size = 0, intermediate_size = 0;
-  std::vector<std::uint32_t> moe_layers;
   std::uint32_t element_bytes = 2;
 };
 

@@ -3,8 +3,7 @@
 //   {"op":"hello","protocol":1,"pid":N,"fingerprint":"…","arena_bytes":N,"name":"…"}
 //       "fingerprint" may be absent (monitors and tests: any model), "name" is KT_COPROC_JOB or absent.
 //       -> {"ok":true,"session_id":N,"daemon_id":"…","daemon_pid":N,"element_bytes":2|4,
-//           "model":{path,architecture,fingerprint,num_layers,num_experts,top_k,hidden_size,intermediate_size,
-//                    weight_format,moe_layers:[…]},
+//           "model":{…} (model_card.h),
 //           "limits":{batch_tokens_max,activation_bytes_max,arena_bytes},"deterministic":bool}
 //          + descriptors [segment, status page, eventfd]
 //   {"op":"adapter_create","adapter":N,"layers":[…],"gate_up":{"r":N,"scaling":X,"shared_a":bool},

@@ -137,17 +137,13 @@ json ranks_json(const StatusPage& page) {
   return ranks;
 }
 
+// Empty unless the page holds a whole card (P4).
 json model_json(const StatusPage& page) {
-  json model = json::object();
-  put_text(model, "path", page.model_path);
-  put_text(model, "architecture", page.architecture);
-  put_text(model, "fingerprint", page.fingerprint);
-  put_known(model, "num_layers", page.num_layers);
-  put_known(model, "num_experts", page.num_experts);
-  put_known(model, "top_k", page.top_k);
-  put_known(model, "hidden_size", page.hidden_size);
-  put_known(model, "intermediate_size", page.intermediate_size);
-  put_text(model, "weight_format", page.weight_format);
+  constexpr bool kAllowExceptions = false;
+  const auto card = parse_model_card(json::parse(get_text(page.model, sizeof page.model), nullptr, kAllowExceptions));
+  if (!card.ok()) return json::object();
+  json model = to_json(card.value());
+  model.erase("moe_layers");
   return model;
 }
 

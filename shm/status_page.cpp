@@ -125,6 +125,10 @@ RowWriter::~RowWriter() {
   version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);  // V1 ↔ V2
 }
 
+void set_model(StatusPage& page, const ModelCard& card) {
+  set_text(page.model, sizeof page.model, to_json(card).dump());
+}
+
 void set_text(char* field, std::size_t field_bytes, std::string_view text) {
   if (field_bytes == 0) return;
   const std::string_view kept = cut_utf8(text, field_bytes - 1);

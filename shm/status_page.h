@@ -19,6 +19,7 @@
 #include <string_view>
 
 #include "shm/base/result.h"
+#include "shm/model_card.h"
 #include "shm/segment.h"
 
 namespace kt::shm {
@@ -83,13 +84,9 @@ struct StatusPage {
   char version[32];
   char daemon_id[40];
   std::uint32_t pid;
-  std::uint32_t num_layers, num_experts, top_k, hidden_size, intermediate_size, num_moe_layers;
   std::uint32_t numa_nodes, worker_threads;
-  char model_path[1024];
-  char architecture[64];
-  char fingerprint[65];
-  char weight_format[8];
   char kernels[16];
+  char model[4096];          // A ModelCard as JSON: set_model.
   std::uint64_t started_ns;  // CLOCK_MONOTONIC.
   // Live.
   std::atomic<DaemonState> state;
@@ -101,6 +98,8 @@ struct StatusPage {
   JobRow jobs[kNumJobRowsMax];
   RankRow ranks[kNumRankRowsMax];
 };
+
+void set_model(StatusPage& page, const ModelCard& card);
 
 // The object of `status --json`, `kt-top --once --json` and kt_coproc.stats(): numbers are numbers, units are in key
 // names, what is unknown is absent. Serialises to valid UTF-8 whatever the page holds.

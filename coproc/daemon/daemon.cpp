@@ -27,8 +27,7 @@ namespace {
 using nlohmann::json;
 
 constexpr std::size_t kHelloReplyBytesMax = shm::kPacketBytesMax - 64;  // The session's number is added to it.
-constexpr std::size_t kModelPathBytesMax = sizeof shm::StatusPage::model_path - 1;
-constexpr std::uint32_t kLoaderThreadsMin = 2;  // One reads while the other packs.
+constexpr std::uint32_t kLoaderThreadsMin = 2;                          // One reads while the other packs.
 constexpr std::uint32_t kLoaderThreadsMax = 16;
 
 // 128 random bits, in hexadecimal: tells a restarted daemon from the one before.
@@ -65,27 +64,16 @@ void raise_descriptor_limit() {
 }
 
 // What hello answers every session, without its number.
-Result<ServerIdentity> make_identity(const Prepared& prepared, const std::string& daemon_id,
-                                     const std::string& weight_format) {
-  const ModelConfig& config = prepared.checkpoint.config();
+Result<ServerIdentity> make_identity(const Prepared& prepared, const std::string& daemon_id) {
+  const shm::ModelCard& card = prepared.card;
   ServerIdentity identity;
-  identity.fingerprint = prepared.fingerprint;
-  identity.model_path = shm::cut_utf8(config.path, kModelPathBytesMax);
+  identity.fingerprint = card.fingerprint;
+  identity.model_path = card.path;
   identity.hello_reply = {{"ok", true},
                           {"daemon_id", daemon_id},
                           {"daemon_pid", ::getpid()},
                           {"element_bytes", prepared.dims.element_bytes},
-                          {"model",
-                           {{"path", shm::valid_utf8(identity.model_path)},
-                            {"architecture", config.architecture},
-                            {"fingerprint", prepared.fingerprint},
-                            {"num_layers", config.num_layers},
-                            {"num_experts", config.num_experts},
-                            {"top_k", config.top_k},
-                            {"hidden_size", config.hidden_size},
-                            {"intermediate_size", config.intermediate_size},
-                            {"weight_format", weight_format},
-                            {"moe_layers", config.moe_layers}}},
+                          {"model", shm::to_json(card)},
                           {"limits",
                            {{"batch_tokens_max", prepared.engine.batch_tokens_max},
                             {"activation_bytes_max", prepared.engine.activation_bytes_max},
@@ -93,8 +81,9 @@ Result<ServerIdentity> make_identity(const Prepared& prepared, const std::string
                           {"deterministic", prepared.engine.deterministic}};
   const std::size_t bytes = identity.hello_reply.dump(-1, ' ', false, json::error_handler_t::replace).size();
   if (bytes > kHelloReplyBytesMax) {
-    return Error{ErrorCode::kBadModel, "cannot describe the model of " + config.path + " to its clients",
-                 "with its path and " + std::to_string(config.moe_layers.size()) + " MoE layers that takes " +
+    return Error{ErrorCode::kBadModel,
+                 "cannot describe the model of " + prepared.checkpoint.config().path + " to its clients",
+                 "with its path and " + std::to_string(card.moe_layers.size()) + " MoE layers that takes " +
                      std::to_string(bytes) + " of " + std::to_string(kHelloReplyBytesMax) + " bytes",
                  "move the checkpoint to a shorter path"};
   }
@@ -102,23 +91,13 @@ Result<ServerIdentity> make_identity(const Prepared& prepared, const std::string
 }
 
 void fill_status(shm::StatusPage& page, const Prepared& prepared, const std::string& daemon_id,
-                 const std::string& weight_format, std::uint64_t started_ns) {
-  const ModelConfig& config = prepared.checkpoint.config();
+                 std::uint64_t started_ns) {
   const auto set = [](auto& field, std::string_view text) { shm::set_text(field, sizeof field, text); };
   set(page.version, KT_VERSION);
   set(page.daemon_id, daemon_id);
-  set(page.model_path, config.path);
-  set(page.architecture, config.architecture);
-  set(page.fingerprint, prepared.fingerprint);
-  set(page.weight_format, weight_format);
   set(page.kernels, prepared.table->name);
+  shm::set_model(page, prepared.card);
   page.pid = static_cast<std::uint32_t>(::getpid());
-  page.num_layers = config.num_layers;
-  page.num_moe_layers = static_cast<std::uint32_t>(config.moe_layers.size());
-  page.num_experts = config.num_experts;
-  page.top_k = config.top_k;
-  page.hidden_size = config.hidden_size;
-  page.intermediate_size = config.intermediate_size;
   page.numa_nodes = static_cast<std::uint32_t>(prepared.workers.pools.size());
   page.worker_threads = prepared.workers.num_workers();
   page.started_ns = started_ns;
@@ -249,10 +228,10 @@ Status run_daemon(const RunOptions& options) {
   raise_descriptor_limit();
   KT_TRY(Prepared prepared, prepare(options));
   KT_TRY(const std::string daemon_id, make_daemon_id());
-  KT_TRY(ServerIdentity identity, make_identity(prepared, daemon_id, options.weight_format));
+  KT_TRY(ServerIdentity identity, make_identity(prepared, daemon_id));
   KT_TRY(RuntimeSocket socket, RuntimeSocket::open(options.socket_path));
   KT_TRY(shm::StatusPageOwner status, shm::StatusPageOwner::create());
-  fill_status(status.page(), prepared, daemon_id, options.weight_format, started_ns);
+  fill_status(status.page(), prepared, daemon_id, started_ns);
 
   spdlog::info("kt-coproc {} pid {}: {} ({}, {} MoE layers of {} experts)", KT_VERSION, ::getpid(),
                prepared.checkpoint.config().path, prepared.checkpoint.config().architecture,

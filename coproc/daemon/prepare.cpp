@@ -5,11 +5,13 @@
 #include "coproc/machine/memory_room.h"
 #include "coproc/model/fingerprint.h"
 #include "kernels/formats.h"
+#include "shm/text.h"
 
 namespace kt::coproc {
 namespace {
 
 constexpr std::uint64_t kActivationShare = 4;  // A quarter of what the weights leave free.
+constexpr std::size_t kModelPathBytesMax = 1023;
 
 ExpertDims dims_of(const ModelConfig& config, ElementType element) {
   ExpertDims dims;
@@ -35,7 +37,10 @@ Result<const kernels::KernelTable*> choose_kernels(const RunOptions& options, El
 
 Result<Prepared> prepare(const RunOptions& options) {
   KT_TRY(Checkpoint checkpoint, Checkpoint::open(options.model));
-  KT_TRY(std::string model_fingerprint, fingerprint(checkpoint));
+  shm::ModelCard card = checkpoint.config();
+  card.path = shm::cut_utf8(card.path, kModelPathBytesMax);
+  KT_TRY(card.fingerprint, fingerprint(checkpoint));
+  card.weight_format = options.weight_format;
   const kernels::StorageFormat& format = *kernels::find_format(options.weight_format);
   const ElementType element = format.element_bytes == 4 ? ElementType::kFp32 : ElementType::kBf16;
   const ExpertDims dims = dims_of(checkpoint.config(), element);
@@ -55,8 +60,8 @@ Result<Prepared> prepare(const RunOptions& options) {
   if (engine.activation_bytes_max == 0) {
     engine.activation_bytes_max = (room.bytes - weights->bytes()) / kActivationShare;
   }
-  return Prepared{std::move(checkpoint), std::move(model_fingerprint), element, dims, table,
-                  std::move(workers),    std::move(weights),           engine};
+  return Prepared{std::move(checkpoint), std::move(card),    element, dims, table,
+                  std::move(workers),    std::move(weights), engine};
 }
 
 }  // namespace kt::coproc

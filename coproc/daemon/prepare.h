@@ -12,12 +12,13 @@
 #include "coproc/model/convert.h"
 #include "kernels/kernel_table.h"
 #include "shm/base/result.h"
+#include "shm/model_card.h"
 
 namespace kt::coproc {
 
 struct Prepared {
   Checkpoint checkpoint;
-  std::string fingerprint;
+  shm::ModelCard card;  // What clients and monitors are told.
   ElementType element = ElementType::kBf16;
   ExpertDims dims;
   const kernels::KernelTable* table = nullptr;

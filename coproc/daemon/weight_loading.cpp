@@ -77,7 +77,7 @@ WeightLoading::WeightLoading(Prepared& prepared, const RunOptions& options, Load
                                                    static_cast<std::uint32_t>(index % num_experts))
                                       .data();
                                 }};
-  WeightCacheKey key = make_weight_cache_key(prepared.checkpoint, prepared.fingerprint, options.weight_format,
+  WeightCacheKey key = make_weight_cache_key(prepared.checkpoint, prepared.card.fingerprint, options.weight_format,
                                              layout_text(prepared.dims, format, records.bytes));
   auto cache = WeightCache::open(options.weight_cache, std::move(key), records);
   if (cache.ok()) {

@@ -90,7 +90,7 @@ Status read_family(const ConfigReader& reader, ModelConfig& model) {
 
 // The rule of Qwen2-MoE's and Qwen3-MoE's decoder layers: not in mlp_only_layers, and every decoder_sparse_step-th.
 Status read_moe_layers(const ConfigReader& reader, ModelConfig& model) {
-  KT_TRY(const std::uint32_t step, reader.count("decoder_sparse_step", kLayersMax, 1));
+  KT_TRY(const std::uint32_t step, reader.count("decoder_sparse_step", shm::kLayersMax, 1));
   std::vector<std::int64_t> dense;
   if (const json* only = reader.find("mlp_only_layers"); only != nullptr) {
     const auto is_integer = [](const json& layer) { return layer.is_number_integer(); };
@@ -115,11 +115,11 @@ Status read_moe_layers(const ConfigReader& reader, ModelConfig& model) {
 
 Status read_sizes(const ConfigReader& reader, ModelConfig& model) {
   const Family& family = *model.family;
-  KT_TRY(model.num_layers, reader.count("num_hidden_layers", kLayersMax));
-  KT_TRY(model.num_experts, reader.count(family.num_experts_keys, kExpertsMax));
-  KT_TRY(model.top_k, reader.count(family.top_k_key, kTopKMax));
-  KT_TRY(model.hidden_size, reader.count("hidden_size", kHiddenSizeMax));
-  KT_TRY(model.intermediate_size, reader.count(family.intermediate_size_key, kIntermediateSizeMax));
+  KT_TRY(model.num_layers, reader.count("num_hidden_layers", shm::kLayersMax));
+  KT_TRY(model.num_experts, reader.count(family.num_experts_keys, shm::kExpertsMax));
+  KT_TRY(model.top_k, reader.count(family.top_k_key, shm::kTopKMax));
+  KT_TRY(model.hidden_size, reader.count("hidden_size", shm::kHiddenSizeMax));
+  KT_TRY(model.intermediate_size, reader.count(family.intermediate_size_key, shm::kIntermediateSizeMax));
   if (model.top_k > model.num_experts) {
     return reader.refuse(std::string(family.top_k_key) + " is " + std::to_string(model.top_k) +
                          ", more than the number of experts, " + std::to_string(model.num_experts));

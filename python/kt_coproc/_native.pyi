@@ -21,8 +21,7 @@ class Session:
         """The int that `torch.ops.kt_coproc.experts` takes as `session`."""
     @property
     def model(self) -> dict[str, Any]:
-        """path, architecture, fingerprint, weight_format, daemon_id, daemon_pid, num_layers, num_experts, top_k,
-        hidden_size, intermediate_size, moe_layers, element_bytes."""
+        """The facts of shm::ModelCard (shm/model_card.h), and daemon_id, daemon_pid, element_bytes."""
     def close(self) -> None: ...
     def create_adapter(
         self,

@@ -53,23 +53,13 @@ class PySession {
   std::shared_ptr<OpenSession> open_;
 };
 
-py::dict model_dict(const PySession& self) {
+py::object model_dict(const PySession& self) {
   const client::ModelInfo& model = self.get().model();
-  py::dict out;
-  out["path"] = model.path;
-  out["architecture"] = model.architecture;
-  out["fingerprint"] = model.fingerprint;
-  out["weight_format"] = model.weight_format;
-  out["daemon_id"] = model.daemon_id;
-  out["daemon_pid"] = model.daemon_pid;
-  out["num_layers"] = model.num_layers;
-  out["num_experts"] = model.num_experts;
-  out["top_k"] = model.top_k;
-  out["hidden_size"] = model.hidden_size;
-  out["intermediate_size"] = model.intermediate_size;
-  out["moe_layers"] = model.moe_layers;
-  out["element_bytes"] = model.element_bytes;
-  return out;
+  nlohmann::json facts = shm::to_json(model);
+  facts["daemon_id"] = model.daemon_id;
+  facts["daemon_pid"] = model.daemon_pid;
+  facts["element_bytes"] = model.element_bytes;
+  return to_python(facts);
 }
 
 void create_adapter(const PySession& self, std::uint32_t adapter, std::vector<std::uint32_t> layers,

@@ -41,17 +41,19 @@ class StatusJson : public ::testing::Test {
     set_text(page.version, sizeof page.version, "0.1.0");
     set_text(page.daemon_id, sizeof page.daemon_id, "d-1");
     page.pid = 4711;
-    page.num_layers = 48;
-    page.num_experts = 128;
-    page.top_k = 8;
-    page.hidden_size = 2048;
-    page.intermediate_size = 768;
     page.numa_nodes = 2;
     page.worker_threads = 62;
-    set_text(page.model_path, sizeof page.model_path, "/models/é");
-    set_text(page.architecture, sizeof page.architecture, "Qwen3MoeForCausalLM");
-    set_text(page.fingerprint, sizeof page.fingerprint, std::string(64, 'f'));
-    set_text(page.weight_format, sizeof page.weight_format, "bf16");
+    set_model(page, {.path = "/models/é",
+                     .architecture = "Qwen3MoeForCausalLM",
+                     .fingerprint = std::string(64, 'f'),
+                     .weight_format = "bf16",
+                     .num_layers = 48,
+                     .num_experts = 128,
+                     .top_k = 8,
+                     .hidden_size = 2048,
+                     .intermediate_size = 768,
+                     .moe_layers = {0, 47},
+                     .activation = {}});
     set_text(page.kernels, sizeof page.kernels, "avx512");
     page.started_ns = now_ns() - 5'000'000'000;
     page.state = DaemonState::kServing;
@@ -120,7 +122,7 @@ TEST_F(StatusJson, ADaemonAtWorkHasExactlyTheKeysOfTheContract) {
                   "numa_nodes", "worker_threads", "memory_bytes", "jobs", "ranks", "rates", "totals"}));
   EXPECT_EQ(keys(status["load"]), (Keys{"bytes_done", "bytes_total", "seconds"}));
   EXPECT_EQ(keys(status["model"]), (Keys{"path", "architecture", "fingerprint", "num_layers", "num_experts", "top_k",
-                                         "hidden_size", "intermediate_size", "weight_format"}));
+                                         "hidden_size", "intermediate_size", "activation", "weight_format"}));
   EXPECT_EQ(keys(status["memory_bytes"]),
             (Keys{"weights", "adapters", "gradients", "optimizer", "activations", "arenas"}));
   EXPECT_EQ(keys(status["rates"]),

@@ -37,6 +37,7 @@ MODEL_KEYS = {
     "top_k",
     "hidden_size",
     "intermediate_size",
+    "activation",
     "weight_format",
 }
 
