@@ -22,6 +22,7 @@ ExpertDims dims_of(const ModelConfig& config, ElementType element) {
   dims.hidden_size = config.hidden_size;
   dims.intermediate_size = config.intermediate_size;
   dims.element_bytes = element_bytes(element);
+  dims.activation = config.activation;
   return dims;
 }
 

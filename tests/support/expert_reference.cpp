@@ -1,5 +1,6 @@
 #include "tests/support/expert_reference.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -41,7 +42,12 @@ class Route {
     gate_ = half(layer.gate, kGateA, kGateB, gate_low_);
     up_ = half(layer.up, up_a(), kUpB, up_low_);
     z_.resize(size(i_));
-    for (std::size_t n = 0; n < z_.size(); ++n) z_[n] = gate_[n] * sigmoid(gate_[n]) * up_[n];
+    gate_passes_.assign(z_.size(), 1);
+    up_passes_.assign(z_.size(), 1);
+    for (std::size_t n = 0; n < z_.size(); ++n) {
+      if (layer_.limit > 0) clamp(n);
+      z_[n] = gate_[n] * sigmoid(gate_[n]) * up_[n];
+    }
   }
 
   Doubles output() const {
@@ -76,8 +82,8 @@ class Route {
     for (std::size_t n = 0; n < p.size(); ++n) {
       const double sig = sigmoid(gate_[n]);
       dw += p[n] * z_[n];
-      dgate[n] = w * p[n] * up_[n] * sig * (1 + gate_[n] * (1 - sig));
-      dup[n] = w * p[n] * gate_[n] * sig;
+      dgate[n] = gate_passes_[n] * w * p[n] * up_[n] * sig * (1 + gate_[n] * (1 - sig));
+      dup[n] = up_passes_[n] * w * p[n] * gate_[n] * sig;
     }
     half_backward(layer_.gate, kGateA, kGateB, gate_low_, dgate, dx, grads);
     half_backward(layer_.up, up_a(), kUpB, up_low_, dup, dx, grads);
@@ -95,6 +101,13 @@ class Route {
   }
   const double* lora(Tensor tensor) const { return layer_.lora.tensors[tensor].data() + lora_offset(tensor); }
   double* gradient(LoraTensors& grads, Tensor tensor) const { return grads[tensor].data() + lora_offset(tensor); }
+
+  void clamp(std::size_t n) {
+    gate_passes_[n] = gate_[n] <= layer_.limit ? 1 : 0;
+    up_passes_[n] = std::abs(up_[n]) <= layer_.limit ? 1 : 0;
+    gate_[n] = std::min(gate_[n], layer_.limit);
+    up_[n] = std::clamp(up_[n], -layer_.limit, layer_.limit);
+  }
 
   // G or U; `low` is X·Aᵀ.
   Doubles half(const Doubles& weight, Tensor a, Tensor b, Doubles& low) const {
@@ -131,6 +144,7 @@ class Route {
   Doubles gate_;
   Doubles up_;
   Doubles z_;
+  Doubles gate_passes_, up_passes_;  // 1, or 0 where the clamp holds the value.
 };
 
 // Calls visit(token, slot, route) for every slot with a real expert.

@@ -31,9 +31,10 @@ struct ReferenceLayer {
   std::int64_t top_k = 0;
   std::int64_t hidden = 0;
   std::int64_t intermediate = 0;
-  Doubles gate;  // [E, I, H]
-  Doubles up;    // [E, I, H]
-  Doubles down;  // [E, H, I]
+  double limit = 0;  // Gate at most limit, up within ±limit, before SwiGLU; 0: none.
+  Doubles gate;      // [E, I, H]
+  Doubles up;        // [E, I, H]
+  Doubles down;      // [E, H, I]
   ReferenceLora lora;
 };
 

@@ -108,11 +108,13 @@ TestLayer::TestLayer(const LayerOptions& options, const kernels::KernelTable& ta
            .top_k = static_cast<std::uint32_t>(options.top_k),
            .hidden_size = static_cast<std::uint32_t>(options.hidden),
            .intermediate_size = static_cast<std::uint32_t>(options.intermediate),
-           .element_bytes = static_cast<std::uint32_t>(table.element_bytes)};
+           .element_bytes = static_cast<std::uint32_t>(table.element_bytes),
+           .activation = options.activation};
   reference_.num_experts = options.num_experts;
   reference_.top_k = options.top_k;
   reference_.hidden = options.hidden;
   reference_.intermediate = options.intermediate;
+  reference_.limit = options.activation.limit;
   std::mt19937 random(seed);
   fill_weights(options, random);
   if (options.spec.gate_up.r > 0 || options.spec.down.r > 0) make_adapter(options.spec, random);

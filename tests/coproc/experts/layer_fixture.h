@@ -49,6 +49,7 @@ struct LayerOptions {
   std::int64_t top_k = 4;
   std::int64_t hidden = 96;
   std::int64_t intermediate = 64;
+  Activation activation = {};
   coproc::AdapterLayerSpec spec = {};  // r = 0 twice: no adapter.
   std::optional<kernels::QuantFormat> quantised = std::nullopt;
   bool original_reference = false;  // The reference has the weights before quantisation, not those after it.
