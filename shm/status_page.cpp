@@ -125,8 +125,13 @@ RowWriter::~RowWriter() {
   version_.store(version_.load(std::memory_order_relaxed) + 1, std::memory_order_release);  // V1 ↔ V2
 }
 
-void set_model(StatusPage& page, const ModelCard& card) {
-  set_text(page.model, sizeof page.model, to_json(card).dump());
+void set_model(StatusPage& page, ModelCard card) {
+  std::string text = to_json(card).dump();
+  while (text.size() >= sizeof page.model && !card.path.empty()) {
+    card.path = cut_utf8(card.path, card.path.size() / 2);
+    text = to_json(card).dump();
+  }
+  set_text(page.model, sizeof page.model, text);
 }
 
 void set_text(char* field, std::size_t field_bytes, std::string_view text) {

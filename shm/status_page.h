@@ -99,7 +99,8 @@ struct StatusPage {
   RankRow ranks[kNumRankRowsMax];
 };
 
-void set_model(StatusPage& page, const ModelCard& card);
+// A path that does not fit is cut: half a JSON text would hide all other facts.
+void set_model(StatusPage& page, ModelCard card);
 
 // The object of `status --json`, `kt-top --once --json` and kt_coproc.stats(): numbers are numbers, units are in key
 // names, what is unknown is absent. Serialises to valid UTF-8 whatever the page holds.

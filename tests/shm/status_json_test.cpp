@@ -145,6 +145,25 @@ TEST_F(StatusJson, ADaemonAtWorkHasExactlyTheKeysOfTheContract) {
                                         "forward_layer_tokens", "backward_layer_tokens", "errors"}));
 }
 
+TEST_F(StatusJson, APathTooLongForThePageIsCutAndHidesNoOtherFact) {
+  fill();
+  ModelCard card = {.path = "/" + std::string(4095, '\x01'),  // Six bytes each in JSON.
+                    .architecture = "Qwen3MoeForCausalLM",
+                    .fingerprint = "",
+                    .weight_format = "bf16",
+                    .num_layers = 2,
+                    .num_experts = 8,
+                    .top_k = 2,
+                    .hidden_size = 64,
+                    .intermediate_size = 32,
+                    .moe_layers = {0, 1},
+                    .activation = {}};
+  set_model(owner_.page(), card);
+  const nlohmann::json model = status_json(owner_.page())["model"];
+  EXPECT_EQ(model.value("num_experts", 0), 8);
+  EXPECT_EQ(model.value("path", "").rfind("/\x01", 0), 0U);
+}
+
 TEST_F(StatusJson, NumbersAreExactAndTextsAreThemselves) {
   fill();
   const json status = status_json(owner_.page());
