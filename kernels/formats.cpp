@@ -1,32 +1,31 @@
 #include "kernels/formats.h"
 
 #include <algorithm>
+#include <array>
+
+#include "kernels/formats/list.inl"
 
 namespace kt::kernels {
 namespace {
 
-// Groups of integers are the longest there are: their scales add 3 % to the bytes of int8 and 6 % to those of int4.
-constexpr StorageFormat kFormats[] = {
-    {.name = "bf16", .help = "as checkpoints have them"},
-    {.name = "fp32", .help = "slow and exact", .element_bytes = 4},
-    {.name = "int8",
-     .help = "half the memory",
-     .quantised = QuantFormat{.bits = 8, .group = kQuantGroupMax},
-     .layout_version = kQuantLayoutVersion},
-    {.name = "int4",
-     .help = "a quarter of the memory",
-     .quantised = QuantFormat{.bits = 4, .group = kQuantGroupMax},
-     .layout_version = kQuantLayoutVersion},
-};
+template <class... Format>
+constexpr std::array<StorageFormat, sizeof...(Format)> rows_of(alone::FormatList<Format...>) {
+  return {Format::kRow...};
+}
+constexpr auto kFormats = rows_of(alone::AllFormats{});
 
 }  // namespace
 
 std::span<const StorageFormat> formats() { return kFormats; }
 
 const StorageFormat* find_format(std::string_view name) {
-  const auto* const found =
-      std::find_if(std::begin(kFormats), std::end(kFormats), [&](const auto& format) { return format.name == name; });
-  return found == std::end(kFormats) ? nullptr : found;
+  const auto* const found = std::ranges::find(kFormats, name, &StorageFormat::name);
+  return found == kFormats.end() ? nullptr : found;
+}
+
+const QuantKernels* find_kernels(const KernelTable& table, std::string_view format) {
+  const auto found = std::ranges::find(table.formats, format, &QuantKernels::format);
+  return found == table.formats.end() ? nullptr : &*found;
 }
 
 std::string format_names(std::string_view separator) {

@@ -8,20 +8,10 @@
 // Gate and up of one expert are one matrix of 2I rows with their panels interleaved: panel 2i = gate rows 32i…, panel
 // 2i+1 = up rows 32i…. Every [m, 2I] array (gate_up, its gradient) has its columns in that order: 32 gate, 32 up, …
 //
-// Quantised weights: integers of 8 or 4 bits, a scale per row and `group` columns of k (32, 64 or 128; the last group
-// has what is left of K). Panel p, again of 32 rows, is its groups one after the other, each:
-//   scales: [32] floats, 128 bytes;
-//   int8:   [group/2][32][2] bytes, in the order of the panels above: W[row, k] and W[row, k+1] side by side;
-//   int4:   [group/4][16][4] bytes: 64 for four steps of k. Of the 128 bytes that int8 has for them, number 16·j + i is
-//           here bits 4j … 4j+3 of the little-endian 32-bit unit i. All in two's complement.
-// So a panel of K columns takes 32·K·bits/8 + 128·⌈K/group⌉ bytes, and the pad.
-//
-// A weight is the bf16 nearest to integer · scale, in both directions: dequantise writes such panels, which gemm and
-// transpose_panels take like any other. The weight of a group that is the largest by magnitude becomes -128 or -8, the
-// others the nearest integer up to 127 or 7, so scales may be negative. They are cut to 17 significant bits of which
-// the last is 1: a product with an integer is then exact in fp32 and never half-way between two bf16, so that every way
-// of rounding to nearest gives the same bits. A group with a weight that is not finite has NaN as its scale; one whose
-// weights are all below 2^-100 is zero.
+// Quantised weights: a panel of 32 rows is its groups of `group` columns of k one after the other (the last one has
+// what is left of K). A group is its scales, then codes of all rows, k by k; which, and what they mean, is each
+// format's own (kernels/formats). A weight is a bf16, in both directions: dequantise writes such panels, which gemm and
+// transpose_panels take like any other.
 //
 // One reduction order per table: an element of C is reduced over k ascending, in the same order for every m, every
 // number of panels and every position in them, also when k comes in several calls of which all but the first
@@ -68,14 +58,22 @@ struct Fetch {
   std::int64_t count = 0;
 };
 
-// Changes whenever the bytes that quantise writes do: a cache of quantised panels on disk carries it.
-inline constexpr std::uint32_t kQuantLayoutVersion = 2;
-
 inline constexpr std::int64_t kQuantGroupMax = 128;
 
-struct QuantFormat {
-  std::int32_t bits = 8;                // 8 or 4
-  std::int32_t group = kQuantGroupMax;  // 32, 64 or 128
+// Where the bytes of quantised panels are.
+struct QuantLayout {
+  std::int64_t group = kQuantGroupMax;  // Columns of k: 32, 64 or 128.
+  std::int64_t scale_bytes = 0;         // Of a group, before its codes: a multiple of 64.
+  std::int64_t k_bytes = 0;             // Codes of one k of all 32 rows: 32, 16 or 8.
+
+  // Bytes from the start of a panel to column k, a multiple of 32; to the scales where a group begins.
+  constexpr std::int64_t offset(std::int64_t k) const {
+    return k / group * (scale_bytes + group * k_bytes) + (k % group == 0 ? 0 : scale_bytes + k % group * k_bytes);
+  }
+  // Bytes from one panel of k columns to the next.
+  constexpr std::int64_t panel_stride(std::int64_t k) const {
+    return (k + group - 1) / group * scale_bytes + k * k_bytes + kPanelPadBytes;
+  }
 };
 
 // A view of quantised panels, like Panels.
@@ -84,20 +82,39 @@ struct QuantPanels {
   std::int64_t stride = 0;
   std::int64_t num_panels = 0;
   std::int64_t k = 0;
-  QuantFormat format;
+  QuantLayout layout;
 };
 
-inline constexpr std::int64_t kQuantScaleBytes = kPanelRows * static_cast<std::int64_t>(sizeof(float));
-// Of a whole group of a quantised panel: scales and integers.
-constexpr std::int64_t quant_group_bytes(QuantFormat format) {
-  return kQuantScaleBytes + format.group * kPanelRows * format.bits / 8;
-}
+// A matrix to be packed.
+struct PackArgs {
+  const void* rows = nullptr;  // [n, k] elements
+  std::int64_t ld = 0;
+  std::int64_t n = 0;
+  std::int64_t k = 0;
+  std::int64_t k_padded = 0;    // The panels' k; columns from k are zero.
+  std::int64_t num_panels = 0;  // Rows from n to 32·num_panels are zero.
+  void* panels = nullptr;
+  std::int64_t stride = 0;  // Bytes from one panel to the next.
+};
 
-// Bytes from one quantised panel to the next.
-constexpr std::int64_t quant_panel_stride_bytes(std::int64_t k, QuantFormat format) {
-  const std::int64_t num_groups = (k + format.group - 1) / format.group;
-  return kPanelRows * (k * format.bits / 8 + num_groups * static_cast<std::int64_t>(sizeof(float))) + kPanelPadBytes;
-}
+// What a table of bf16 elements computes with panels of one storage format.
+struct QuantKernels {
+  std::string_view format;  // Its name in kernels/formats.h.
+  QuantLayout layout;       // Of the format; the kernels take panels of shorter groups too.
+
+  void (*quantise)(const PackArgs& args, const QuantLayout& layout);
+
+  // Columns [k_begin, k_begin + k_count) of all panels of w, multiples of 32, as panels of elements of k_count columns,
+  // out_stride bytes apart and without pad.
+  void (*dequantise)(const QuantPanels& w, std::int64_t k_begin, std::int64_t k_count, void* out,
+                     std::int64_t out_stride);
+
+  // C = A · Wᵀ straight from the codes, for few rows: the same bits as dequantise, then KernelTable::gemm. It may read
+  // the first line of a panel's pad, and fetch what lies behind the panels instead of `next`.
+  void (*gemm)(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c, std::int64_t ldc,
+               const Fetch& next);
+  std::int64_t gemm_rows_max;  // Up to so many rows that is faster; 0: never.
+};
 
 // Scalars of one AdamW step of one parameter, computed in double as torch's single-tensor path does:
 //   decoupled: p *= 1 - lr·weight_decay; else g += weight_decay·p
@@ -151,21 +168,12 @@ struct KernelTable {
   std::int64_t element_bytes;
   std::int64_t k_multiple;  // What the k of gemm's panels is a multiple of: 32, or less where LoRA's depth may be.
   std::int64_t l2_bytes;    // L2 of a core of the smallest CPU that runs this table.
-  std::int64_t quantised_rows_max;  // Up to so many rows quantised_gemm is faster than dequantise and gemm; 0: never.
 
-  // Packs rows[n, k] (elements, leading dimension ld) into panels of k_padded columns; rows from n to 32·num_panels
-  // and columns from k are zero. panels: writable data, stride bytes apart.
-  void (*pack)(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k, std::int64_t k_padded,
-               std::int64_t num_panels, void* panels, std::int64_t stride);
+  // Of each quantised format, in the order of their list. None in tables of fp32 elements.
+  std::span<const QuantKernels> formats;
 
-  // The same into quantised panels. Null in tables of fp32 elements.
-  void (*quantise)(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k, std::int64_t k_padded,
-                   std::int64_t num_panels, QuantFormat format, void* panels, std::int64_t stride) = nullptr;
-
-  // Columns [k_begin, k_begin + k_count) of all panels of w, multiples of 32, as panels of elements of k_count columns,
-  // out_stride bytes apart and without pad. Null in tables of fp32 elements.
-  void (*dequantise)(const QuantPanels& w, std::int64_t k_begin, std::int64_t k_count, void* out,
-                     std::int64_t out_stride) = nullptr;
+  // Packs rows into panels of elements.
+  void (*pack)(const PackArgs& args);
 
   // Panels q … q + count - 1 of Wᵀ, out_stride bytes apart and without pad: the 32 rows of panel q are columns 32q …
   // 32q + 31 of w, its k is 32·w.num_panels. `next` is fetched on the way.
@@ -177,11 +185,6 @@ struct KernelTable {
   // lies behind the panels in memory.
   void (*gemm)(const void* a, std::int64_t lda, std::int64_t m, const Panels& w, float* c, std::int64_t ldc,
                bool accumulate, const Fetch& next);
-
-  // C = A · Wᵀ straight from the integers, for few rows: the same bits as dequantise, then gemm. It may read the first
-  // line of a panel's pad, and fetch what lies behind the panels instead of `next`. Null in tables of fp32 elements.
-  void (*quantised_gemm)(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c,
-                         std::int64_t ldc, const Fetch& next) = nullptr;
 
   // out[m, n] elements (ldo) = round(scale · in[m, n] f32 (ldi)).
   void (*round_rows)(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t n, float scale, void* out,

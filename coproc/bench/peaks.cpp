@@ -51,7 +51,7 @@ PeakProbe::PeakProbe(const kernels::KernelTable& table, WorkerPool& pool)
     product.a = random_elements(kM * kLda, eb, 2);
     product.w.resize(static_cast<std::size_t>(kNumPanels * stride));
     product.c.resize(kM * kN);
-    table.pack(rows.data(), kK, kN, kK, kK, kNumPanels, product.w.data(), stride);
+    table.pack({rows.data(), kK, kN, kK, kK, kNumPanels, product.w.data(), stride});
   }
 }
 

@@ -36,7 +36,7 @@ Result<SyntheticLayers> make_synthetic_layers(const ExpertDims& dims, const std:
                                               std::span<const int> nodes) {
   SyntheticLayers layers;
   layers.dims = dims;
-  KT_TRY(layers.weights, ExpertWeights::create(dims, table, kernels::find_format(weight_format)->quantised, nodes));
+  KT_TRY(layers.weights, ExpertWeights::create(dims, table, kernels::find_format(weight_format), nodes));
   const std::int64_t count = static_cast<std::int64_t>(dims.hidden_size) * dims.intermediate_size;
   const std::vector<std::byte> gate = random_elements(count, table.element_bytes, 1);
   const std::vector<std::byte> up = random_elements(count, table.element_bytes, 2);

@@ -51,7 +51,7 @@ Result<Prepared> prepare(const RunOptions& options) {
   const MemoryRoom room = read_memory_room(limits);
   const Machine machine = inspect_machine(limits.cpus);
   KT_TRY(WorkerPlan workers, plan_workers(machine, options.threads, options.numa));
-  KT_TRY(auto weights, ExpertWeights::create(dims, *table, format.quantised, workers.nodes));
+  KT_TRY(auto weights, ExpertWeights::create(dims, *table, &format, workers.nodes));
   KT_TRY_STATUS(require_memory(room, weights->bytes(), "the expert weights of " + checkpoint.config().path));
 
   EngineOptions engine;

@@ -64,7 +64,7 @@ void Adapter::Layer::pack(const kernels::KernelTable& table, Part part, std::int
                        scratch + row * row_bytes + source.column * table.element_bytes, to.k);
     }
     std::byte* data = to.data + (panels.data - to.data) + panel * to.stride;
-    table.pack(scratch, to.k, kernels::kPanelRows, to.k, to.k, 1, data, to.stride);
+    table.pack({scratch, to.k, kernels::kPanelRows, to.k, to.k, 1, data, to.stride});
   }
 }
 

@@ -33,8 +33,8 @@ void multiply_plain(const Pass& pass, const Product& product, Range panels, cons
   if (lora.rank.width > 0) {
     more = {lora.panels.data + panels.begin * lora.panels.stride, lora.panels.stride, panels.count(), lora.rank.depth};
   }
-  if (w.quantised && m <= table.quantised_rows_max) {
-    table.quantised_gemm(a.data, a.ld, m, w.integers(panels.begin, panels.count()), c.data, c.ld, next);
+  if (w.quantised != nullptr && m <= w.quantised->gemm_rows_max) {
+    w.quantised->gemm(a.data, a.ld, m, w.codes(panels.begin, panels.count()), c.data, c.ld, next);
     if (more.k > 0) table.gemm(a.data + w.k * pass.element_bytes, a.ld, m, more, c.data, c.ld, true, {});
     return;
   }
@@ -126,7 +126,7 @@ void project(const Pass& pass, LoraLayer::Part part, Block& block, Range rows, W
   Panels w = lora.panels;
   if (transposed) {
     const std::int64_t num_panels = width / kPanelRows;
-    Product product = {{w.data, w.stride, w.num_panels, w.k, std::nullopt}, {}, true};  // As any other matrix.
+    Product product = {{w.data, w.stride, w.num_panels, w.k}, {}, true};  // As any other matrix.
     for (std::int64_t first = 0; first < num_panels; first += kPair) {
       const Range pair = {first, std::min(first + kPair, num_panels)};
       product.last_rows = pair.end == num_panels ? lora.rank.used_of_last_panel() : kPanelRows;

@@ -11,10 +11,10 @@ using kernels::kPanelRows;
 
 kernels::Panels WeightMatrix::elements(const kernels::KernelTable& table, std::int64_t begin, std::int64_t count,
                                        Scratch& scratch) const {
-  if (!quantised) return {data + begin * stride, stride, count, k};
+  if (quantised == nullptr) return {data + begin * stride, stride, count, k};
   const std::int64_t to_stride = kernels::panel_stride_bytes(k, table.element_bytes);
   std::byte* to = scratch.ensure(count * to_stride);
-  table.dequantise({data + begin * stride, stride, count, k, *quantised}, 0, k, to, to_stride);
+  quantised->dequantise(codes(begin, count), 0, k, to, to_stride);
   return {to, to_stride, count, k};
 }
 
@@ -28,11 +28,11 @@ kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, const
   const std::byte* from = data + piece.first * stride;
   kernels::Panels source = {from, stride, piece.num_panels, k};
   std::int64_t q = piece.q;
-  if (quantised) {
+  if (quantised != nullptr) {
     const std::int64_t columns = piece.count * kPanelRows;
     const std::int64_t from_stride = piece.count * block_bytes;
     std::byte* blocks = scratch.ensure(piece.num_panels * from_stride);
-    table.dequantise({from, stride, piece.num_panels, k, *quantised}, q * kPanelRows, columns, blocks, from_stride);
+    quantised->dequantise(codes(piece.first, piece.num_panels), q * kPanelRows, columns, blocks, from_stride);
     source = {blocks, from_stride, piece.num_panels, columns};
     q = 0;
   }
@@ -44,24 +44,19 @@ kernels::Panels WeightMatrix::transpose(const kernels::KernelTable& table, const
 }
 
 kernels::Fetch WeightMatrix::fetch(const Piece& piece, std::int64_t element_bytes) const {
-  if (!quantised) {
+  if (quantised == nullptr) {
     const std::int64_t block_bytes = kPanelRows * kPanelRows * element_bytes;
     return {data + piece.first * stride + piece.q * block_bytes, piece.count * block_bytes, stride, piece.num_panels};
   }
   // Each group begins with its scales; those of the first one come along only if it begins here.
-  const std::int64_t k_begin = piece.q * kPanelRows;
-  const std::int64_t k_end = k_begin + piece.count * kPanelRows;
-  const auto offset = [&](std::int64_t column) {
-    return column / quantised->group * kernels::quant_group_bytes(*quantised) +
-           (column % quantised->group == 0 ? 0 : kernels::kQuantScaleBytes) +
-           column % quantised->group * kPanelRows * quantised->bits / 8;
-  };
-  return {data + piece.first * stride + offset(k_begin), offset(k_end) - offset(k_begin), stride, piece.num_panels};
+  const std::int64_t begin = quantised->layout.offset(piece.q * kPanelRows);
+  const std::int64_t end = quantised->layout.offset((piece.q + piece.count) * kPanelRows);
+  return {data + piece.first * stride + begin, end - begin, stride, piece.num_panels};
 }
 
 // A mapping for each node: its experts one after the other, layer after layer; gate_up panels, then down panels.
 struct ExpertWeights::State {
-  State(ExpertDims dims_in, const kernels::KernelTable& table_in, std::optional<kernels::QuantFormat> quantised_in)
+  State(ExpertDims dims_in, const kernels::KernelTable& table_in, const kernels::QuantKernels* quantised_in)
       : dims(std::move(dims_in)),
         table(table_in),
         quantised(quantised_in),
@@ -72,17 +67,14 @@ struct ExpertWeights::State {
         expert_bytes(gate_up_panels * gate_up_stride + down_panels * down_stride) {}
 
   std::int64_t stride(std::int64_t k) const {
-    return quantised ? kernels::quant_panel_stride_bytes(k, *quantised)
-                     : kernels::panel_stride_bytes(k, table.element_bytes);
+    return quantised != nullptr ? quantised->layout.panel_stride(k)
+                                : kernels::panel_stride_bytes(k, table.element_bytes);
   }
   // rows[n, k] into num_panels panels, panel_stride bytes apart.
   void pack(const void* rows, std::int64_t n, std::int64_t k, std::int64_t k_padded, std::int64_t num_panels,
             std::byte* panels, std::int64_t panel_stride) const {
-    if (quantised) {
-      table.quantise(rows, k, n, k, k_padded, num_panels, *quantised, panels, panel_stride);
-    } else {
-      table.pack(rows, k, n, k, k_padded, num_panels, panels, panel_stride);
-    }
+    const kernels::PackArgs args = {rows, k, n, k, k_padded, num_panels, panels, panel_stride};
+    quantised != nullptr ? quantised->quantise(args, quantised->layout) : table.pack(args);
   }
   std::byte* expert(std::uint32_t moe_index, std::uint32_t expert_idx) const {
     KT_DCHECK(moe_index < dims.moe_layers.size() && expert_idx < dims.num_experts);
@@ -101,7 +93,7 @@ struct ExpertWeights::State {
 
   ExpertDims dims;
   const kernels::KernelTable& table;
-  std::optional<kernels::QuantFormat> quantised;
+  const kernels::QuantKernels* quantised;
   std::int64_t gate_up_stride;
   std::int64_t down_stride;
   std::int64_t gate_up_panels;
@@ -114,10 +106,11 @@ ExpertWeights::ExpertWeights(std::unique_ptr<State> state) : state_(std::move(st
 ExpertWeights::~ExpertWeights() = default;
 
 Result<std::unique_ptr<ExpertWeights>> ExpertWeights::create(const ExpertDims& dims, const kernels::KernelTable& table,
-                                                             std::optional<kernels::QuantFormat> quantised,
+                                                             const kernels::StorageFormat* format,
                                                              std::span<const int> nodes) {
   KT_CHECK(dims.element_bytes == table.element_bytes);
-  KT_CHECK(!quantised || table.quantise != nullptr);
+  const auto* quantised = format != nullptr ? kernels::find_kernels(table, format->name) : nullptr;
+  KT_CHECK(format == nullptr || format->quantised.has_value() == (quantised != nullptr));
   auto state = std::make_unique<State>(dims, table, quantised);
   const std::string purpose = "the expert weights of " + std::to_string(dims.moe_layers.size()) + " layers × " +
                               std::to_string(dims.num_experts) + " experts";

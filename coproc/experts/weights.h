@@ -3,11 +3,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <span>
 
 #include "coproc/experts/dims.h"
 #include "coproc/experts/memory.h"
+#include "kernels/formats.h"
 #include "kernels/kernel_table.h"
 #include "shm/base/result.h"
 
@@ -18,8 +18,8 @@ struct WeightMatrix {
   // Panels [begin, begin + count) as elements: where they lie, or dequantised into `scratch`.
   kernels::Panels elements(const kernels::KernelTable& table, std::int64_t begin, std::int64_t count,
                            Scratch& scratch) const;
-  kernels::QuantPanels integers(std::int64_t begin, std::int64_t count) const {
-    return {data + begin * stride, stride, count, k, *quantised};
+  kernels::QuantPanels codes(std::int64_t begin, std::int64_t count) const {
+    return {data + begin * stride, stride, count, k, quantised->layout};
   }
   // Panels q … q + count - 1 of the transpose, in `transposed`, as far as they come from panels [first, first +
   // num_panels). Quantised weights pass through `scratch` as they do in elements(): both directions multiply by the
@@ -44,16 +44,16 @@ struct WeightMatrix {
   std::int64_t stride = 0;  // Bytes.
   std::int64_t num_panels = 0;
   std::int64_t k = 0;
-  std::optional<kernels::QuantFormat> quantised;  // Empty: elements.
+  const kernels::QuantKernels* quantised = nullptr;  // null: elements.
 };
 
 class ExpertWeights {
  public:
-  // Reserves the memory (kNoResources with numbers when it is not there); nothing is packed yet. With `quantised` the
-  // weights are kept in that format only. `nodes`: a NUMA node for each pool of workers (-1: any); expert e's weights
-  // are on that of pool e mod nodes.size().
+  // Reserves the memory (kNoResources with numbers when it is not there); nothing is packed yet. The weights are kept
+  // in `format` only, which the table must run; null: elements. `nodes`: a NUMA node for each pool of workers (-1:
+  // any); expert e's weights are on that of pool e mod nodes.size().
   static Result<std::unique_ptr<ExpertWeights>> create(const ExpertDims& dims, const kernels::KernelTable& table,
-                                                       std::optional<kernels::QuantFormat> quantised = std::nullopt,
+                                                       const kernels::StorageFormat* format = nullptr,
                                                        std::span<const int> nodes = {});
   ~ExpertWeights();
   ExpertWeights(const ExpertWeights&) = delete;

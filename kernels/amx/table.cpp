@@ -9,6 +9,6 @@ namespace kt::kernels::amx {
 
 extern const KernelTable kTable;
 constinit const KernelTable kTable =
-    make_table({.name = "amx", .required = kAmxBf16 | kAvx512Bf16, .l2_bytes = 2 << 20, .quantised_rows_max = 0});
+    make_table({.name = "amx", .required = kAmxBf16 | kAvx512Bf16, .l2_bytes = 2 << 20});
 
 }  // namespace kt::kernels::amx

@@ -8,7 +8,6 @@
 namespace kt::kernels::avx2 {
 
 extern const KernelTable kTable;
-constinit const KernelTable kTable =
-    make_table({.name = "avx2", .required = kAvx2Fma, .l2_bytes = 512 << 10, .quantised_rows_max = 0});
+constinit const KernelTable kTable = make_table({.name = "avx2", .required = kAvx2Fma, .l2_bytes = 512 << 10});
 
 }  // namespace kt::kernels::avx2

@@ -9,7 +9,6 @@
 namespace kt::kernels::avx512 {
 
 extern const KernelTable kTable;
-constinit const KernelTable kTable =
-    make_table({.name = "avx512", .required = kAvx512Bf16, .l2_bytes = 1 << 20, .quantised_rows_max = 6});
+constinit const KernelTable kTable = make_table({.name = "avx512", .required = kAvx512Bf16, .l2_bytes = 1 << 20});
 
 }  // namespace kt::kernels::avx512

@@ -34,15 +34,14 @@ void pack_panel(const Element* in, std::int64_t ld, std::int64_t rows, std::int6
     __builtin_memcpy(&panel[whole_units * kPanelRows + row], in + row * ld + k - 1, sizeof(Element));
 }
 
-void pack(const void* rows, std::int64_t ld, std::int64_t n, std::int64_t k, std::int64_t k_padded,
-          std::int64_t num_panels, void* panels, std::int64_t stride) {
-  const Element* in = static_cast<const Element*>(rows);
-  std::byte* out = static_cast<std::byte*>(panels);
-  for (std::int64_t panel = 0; panel < num_panels; ++panel) {
+void pack(const PackArgs& args) {
+  const Element* in = static_cast<const Element*>(args.rows);
+  std::byte* out = static_cast<std::byte*>(args.panels);
+  for (std::int64_t panel = 0; panel < args.num_panels; ++panel) {
     const std::int64_t first = panel * kPanelRows;
-    const std::int64_t left = first < n ? n - first : 0;
-    pack_panel(in + (left > 0 ? first * ld : 0), ld, left < kPanelRows ? left : kPanelRows, k, k_padded,
-               static_cast<std::uint32_t*>(static_cast<void*>(out + panel * stride)));
+    const std::int64_t left = first < args.n ? args.n - first : 0;
+    pack_panel(in + (left > 0 ? first * args.ld : 0), args.ld, left < kPanelRows ? left : kPanelRows, args.k,
+               args.k_padded, static_cast<std::uint32_t*>(static_cast<void*>(out + panel * args.stride)));
   }
 }
 

@@ -17,6 +17,9 @@ Fetch part_of(const Fetch& next, std::int64_t step, std::int64_t num_steps) {
   return {next.data + begin * kLineBytes, (end - begin) * kLineBytes, 0, 1};
 }
 
+constexpr std::int64_t kQuantisedRowsMax = 0;  // QuantKernels::gemm_rows_max: it is not faster.
+
+template <class Format>
 void quantised_gemm(const void* a, std::int64_t lda, std::int64_t m, const QuantPanels& w, float* c, std::int64_t ldc,
                     const Fetch& next) {
   constexpr std::int64_t kStride = panel_stride_bytes(kQuantGroupMax, sizeof(Element));
@@ -29,7 +32,7 @@ void quantised_gemm(const void* a, std::int64_t lda, std::int64_t m, const Quant
     few.num_panels = w.num_panels - panel < 2 ? 1 : 2;
     for (std::int64_t k = 0; k < w.k; k += kQuantGroupMax) {
       const std::int64_t count = w.k - k < kQuantGroupMax ? w.k - k : kQuantGroupMax;
-      dequantise(few, k, count, weights, kStride);
+      dequantise<Format>(few, k, count, weights, kStride);
       gemm(static_cast<const Element*>(a) + k, lda, m, {weights, kStride, few.num_panels, count},
            c + panel * kPanelRows, ldc, k > 0, part_of(next, step++, num_steps));
     }

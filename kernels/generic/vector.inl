@@ -28,6 +28,20 @@ inline F32 load(const float* p) {
   return v;
 }
 
+// Lanes kFirst, kFirst, kFirst + 1, kFirst + 1, … of x.
+template <int kFirst>
+inline F32 each_twice(F32 x) {
+  constexpr int f = kFirst;
+#if KT_LANES == 16
+  return __builtin_shufflevector(x, x, f, f, f + 1, f + 1, f + 2, f + 2, f + 3, f + 3, f + 4, f + 4, f + 5, f + 5,
+                                 f + 6, f + 6, f + 7, f + 7);
+#elif KT_LANES == 8
+  return __builtin_shufflevector(x, x, f, f, f + 1, f + 1, f + 2, f + 2, f + 3, f + 3);
+#else
+  return __builtin_shufflevector(x, x, f, f, f + 1, f + 1);
+#endif
+}
+
 inline void store(float* p, F32 v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // bf16 is the upper half of a float.

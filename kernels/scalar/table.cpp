@@ -8,7 +8,6 @@
 namespace kt::kernels::scalar {
 
 extern const KernelTable kTable;
-constinit const KernelTable kTable =
-    make_table({.name = "scalar", .required = 0, .l2_bytes = 512 << 10, .quantised_rows_max = 0});
+constinit const KernelTable kTable = make_table({.name = "scalar", .required = 0, .l2_bytes = 512 << 10});
 
 }  // namespace kt::kernels::scalar

@@ -100,6 +100,20 @@ TEST_F(EvexEmulator, MasksMergeOrZeroAndMaskedOffMemoryIsNotTouched) {
   }
 }
 
+TEST_F(EvexEmulator, GeneralRegistersAreBroadcastAsWordsAndDoublewords) {
+  Words doublewords{}, words{};
+  __asm__ volatile(
+      "mov $0x12345678, %%eax\n vpbroadcastd %%eax, %%zmm16\n vpbroadcastw %%eax, %%zmm17\n"
+      "vmovups %%zmm16, %0\n vmovups %%zmm17, %1"
+      : "=m"(doublewords), "=m"(words)
+      :
+      : "eax");
+  for (std::uint32_t i = 0; i < 16; ++i) {
+    EXPECT_EQ(doublewords.word[i], 0x12345678u) << "word " << i;
+    EXPECT_EQ(words.word[i], 0x56785678u) << "word " << i;
+  }
+}
+
 TEST_F(EvexEmulator, AddressesHaveBaseIndexScaleAndCompressedDisplacements) {
   std::array<Words, 8> memory{};
   for (std::uint32_t i = 0; i < 8; ++i) memory[i] = counting(100 * i);

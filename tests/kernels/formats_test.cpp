@@ -27,7 +27,8 @@ TEST(Formats, RunOnSomeTableAndOnTheBestOne) {
       if (table->element_bytes == format.element_bytes) {
         runs = true;
         EXPECT_EQ(kernels::why_not_on(format, table->name), "") << format.name << " on " << table->name;
-        EXPECT_TRUE(!format.quantised || table->quantise != nullptr) << format.name << " on " << table->name;
+        EXPECT_EQ(kernels::find_kernels(*table, format.name) != nullptr, format.quantised.has_value())
+            << format.name << " on " << table->name;
       }
     }
     EXPECT_TRUE(runs) << format.name;

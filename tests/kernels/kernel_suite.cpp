@@ -91,7 +91,8 @@ PackedWeights::PackedWeights(const KernelTable& table, const Matrix& rows, std::
   const std::int64_t stride = kernels::panel_stride_bytes(k_padded, table.element_bytes);
   bytes_.assign(static_cast<std::size_t>(num_panels * stride), std::byte{0xff});
   panels_ = {.data = bytes_.data(), .stride = stride, .num_panels = num_panels, .k = k_padded};
-  table.pack(rows.data(), rows.ld(), rows.num_rows(), rows.num_columns(), k_padded, num_panels, bytes_.data(), stride);
+  table.pack(
+      {rows.data(), rows.ld(), rows.num_rows(), rows.num_columns(), k_padded, num_panels, bytes_.data(), stride});
 }
 
 testing::AssertionResult PackedWeights::guards_are_intact() const {

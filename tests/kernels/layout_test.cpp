@@ -57,7 +57,7 @@ TEST_P(Layout, PackReadsOnlyTheRowsAndColumnsItIsGiven) {
   // only the memory of a vector exactly as long as the matrix is offered; a sanitizer sees what reads beyond it.
   std::vector<std::byte> exact(static_cast<std::size_t>(3 * 5 * element_bytes()), std::byte{1});
   std::vector<std::byte> panel(static_cast<std::size_t>(32 * 32 * element_bytes()), std::byte{0xff});
-  table().pack(exact.data(), 5, 3, 5, 32, 1, panel.data(), 0);
+  table().pack({exact.data(), 5, 3, 5, 32, 1, panel.data(), 0});
   EXPECT_TRUE(is_zero(packed_element(panel.data(), 3, 0)));
   EXPECT_TRUE(is_zero(packed_element(panel.data(), 2, 5)));
   EXPECT_FALSE(is_zero(packed_element(panel.data(), 2, 4)));

@@ -1,76 +1,29 @@
-// quantise and dequantise against a reference of their own, bit by bit, and the products made of them: the model of the
-// table's dot instruction over the reference's weights, in both directions.
+// quantise and dequantise of every format against a reference of its own, bit by bit, and the products made of them:
+// the model of the table's dot instruction over the reference's weights, in both directions.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "kernels/formats.h"
 #include "tests/kernels/kernel_suite.h"
+#include "tests/kernels/quantised_panels.h"
+#include "tests/support/formats/format_reference.h"
 #include "tests/support/isa/bit_model.h"
-#include "tests/support/quant_reference.h"
 
 namespace kt::test {
 namespace {
 
 using kernels::kPanelRows;
 using kernels::Panels;
-using kernels::QuantFormat;
+using kernels::QuantKernels;
 using kernels::QuantPanels;
 
-constexpr QuantFormat kFormats[] = {{8, 32}, {8, 64}, {8, 128}, {4, 32}, {4, 64}, {4, 128}};
-
-std::string name_of(QuantFormat format) {
-  return "int" + std::to_string(format.bits) + ", groups of " + std::to_string(format.group);
-}
-
-// Quantised weights with canaries in the pad of every panel, read by the layout of kernel_table.h.
-class Quantised {
- public:
-  Quantised(const kernels::KernelTable& table, const Matrix& rows, std::int64_t k_padded, std::int64_t num_panels,
-            QuantFormat format) {
-    const std::int64_t stride = kernels::quant_panel_stride_bytes(k_padded, format);
-    bytes_.assign(static_cast<std::size_t>(num_panels * stride), std::byte{0xee});
-    panels_ = {bytes_.data(), stride, num_panels, k_padded, format};
-    table.quantise(rows.data(), rows.ld(), rows.num_rows(), rows.num_columns(), k_padded, num_panels, format,
-                   bytes_.data(), stride);
-  }
-
-  const QuantPanels& panels() const { return panels_; }
-
-  float scale(std::int64_t row, std::int64_t k) const {
-    float value;
-    std::memcpy(&value, group(row, k) + row % kPanelRows * 4, sizeof value);
-    return value;
-  }
-
-  std::int32_t integer(std::int64_t row, std::int64_t k) const {
-    const std::byte* data = group(row, k) + 128;
-    const std::int64_t in_group = k % panels_.format.group;
-    const std::int64_t byte = (in_group / 2 * kPanelRows + row % kPanelRows) * 2 + in_group % 2;
-    if (panels_.format.bits == 8) return static_cast<std::int8_t>(data[byte]);
-    std::uint32_t unit;  // 128 bytes of int8 are 16 units, whose bits 4j … belong to bytes 16j …
-    std::memcpy(&unit, data + byte / 128 * 64 + byte % 16 * 4, sizeof unit);
-    const auto nibble = static_cast<std::int32_t>(unit >> (byte % 128 / 16 * 4) & 15);
-    return nibble < 8 ? nibble : nibble - 16;
-  }
-
-  bool pads_are_intact() const {
-    for (std::int64_t panel = 0; panel < panels_.num_panels; ++panel) {
-      const auto end = bytes_.begin() + (panel + 1) * panels_.stride;
-      if (!std::all_of(end - kernels::kPanelPadBytes, end, [](std::byte b) { return b == std::byte{0xee}; }))
-        return false;
-    }
-    return true;
-  }
-
- private:
-  const std::byte* group(std::int64_t row, std::int64_t k) const {
-    const std::int64_t group_bytes = 128 + std::int64_t{panels_.format.group} * panels_.format.bits * kPanelRows / 8;
-    return panels_.data + row / kPanelRows * panels_.stride + k / panels_.format.group * group_bytes;
-  }
-
-  std::vector<std::byte> bytes_;
-  QuantPanels panels_;
+// A format of the table under test, in groups of its own length or shorter ones.
+struct Grouped {
+  const QuantKernels& kernels;
+  std::int64_t group;
+  std::string name() const { return std::string(kernels.format) + ", groups of " + std::to_string(group); }
 };
 
 class Quantisation : public KernelTest {
@@ -82,8 +35,21 @@ class Quantisation : public KernelTest {
     return values;
   }
 
-  QuantReference reference(const Matrix& rows, QuantFormat format) const {
-    return quant_reference(floats_of(rows), rows.num_rows(), rows.num_columns(), format.bits, format.group);
+  std::vector<Grouped> formats() const {
+    std::vector<Grouped> all;
+    for (const QuantKernels& kernels : table().formats)
+      for (const std::int64_t group : {32, 64, 128}) all.push_back({kernels, group});
+    return all;
+  }
+
+  QuantReference reference(const Matrix& rows, const Grouped& format) const {
+    return format_reference(format.kernels.format)
+        .quantise(floats_of(rows), rows.num_rows(), rows.num_columns(), format.group);
+  }
+
+  QuantisedPanels quantise(const Matrix& rows, std::int64_t k_padded, std::int64_t num_panels,
+                           const Grouped& format) const {
+    return {format.kernels, rows, k_padded, num_panels, format.group};
   }
 
   // Normal weights; some groups of zeros, of numbers too small, with one large one, and with what is not finite.
@@ -104,24 +70,24 @@ class Quantisation : public KernelTest {
   }
 
   void expect_reference(std::int64_t n, std::int64_t k, std::int64_t k_padded, std::int64_t num_panels,
-                        QuantFormat format) {
-    SCOPED_TRACE(name_of(format) + ", n " + std::to_string(n) + ", k " + std::to_string(k));
+                        const Grouped& format) {
+    SCOPED_TRACE(format.name() + ", n " + std::to_string(n) + ", k " + std::to_string(k));
     const Matrix rows = make(n, k);
     const QuantReference want = reference(rows, format);
-    const Quantised got(table(), rows, k_padded, num_panels, format);
+    const QuantisedPanels got = quantise(rows, k_padded, num_panels, format);
     const std::int64_t num_groups = (k + format.group - 1) / format.group;
     std::int64_t num_wrong = 0;
     for (std::int64_t r = 0; r < num_panels * kPanelRows; ++r) {
       for (std::int64_t c = 0; c < k_padded; ++c) {
         const bool is_weight = r < n && c < k;
-        const std::int32_t integer = is_weight ? want.integers[static_cast<std::size_t>(r * k + c)] : 0;
-        const float scale = r < n && c / format.group < num_groups
-                                ? want.scales[static_cast<std::size_t>(r * num_groups + c / format.group)]
-                                : 0;
-        if (got.integer(r, c) == integer && same_bits(got.scale(r, c), scale)) continue;
+        const std::int32_t code = is_weight ? want.codes[static_cast<std::size_t>(r * k + c)] : 0;
+        const bool has_scale = r < n && c / format.group < num_groups;
+        const float scale = has_scale ? want.scales[static_cast<std::size_t>(r * num_groups + c / format.group)] : 0;
+        const bool scale_is_right = has_scale ? same_bits(got.scale(r, c), scale) : std::isfinite(got.scale(r, c));
+        if (got.code(r, c) == code && scale_is_right) continue;
         if (num_wrong++ == 0)
-          ADD_FAILURE() << "row " << r << ", column " << c << ": " << got.integer(r, c) << " of " << got.scale(r, c)
-                        << ", want " << integer << " of " << scale;
+          ADD_FAILURE() << "row " << r << ", column " << c << ": " << got.code(r, c) << " of " << got.scale(r, c)
+                        << ", want " << code << " of " << scale;
       }
     }
     EXPECT_EQ(num_wrong, 0);
@@ -129,12 +95,12 @@ class Quantisation : public KernelTest {
   }
 
   // Columns [begin, begin + count) of the dequantised panels against the reference's weights.
-  void expect_weights(const Quantised& quantised, const QuantReference& want, std::int64_t k, std::int64_t begin,
+  void expect_weights(const QuantisedPanels& quantised, const QuantReference& want, std::int64_t k, std::int64_t begin,
                       std::int64_t count) {
     const std::int64_t panel_bytes = count * kPanelRows * element_bytes();
     const std::int64_t num_panels = quantised.panels().num_panels;
     std::vector<std::byte> out(static_cast<std::size_t>(num_panels * (panel_bytes + 64)), std::byte{0xff});
-    table().dequantise(quantised.panels(), begin, count, out.data(), panel_bytes + 64);
+    quantised.kernels().dequantise(quantised.panels(), begin, count, out.data(), panel_bytes + 64);
     std::int64_t num_wrong = 0;
     for (std::int64_t r = 0; r < num_panels * kPanelRows; ++r) {
       for (std::int64_t c = 0; c < count; ++c) {
@@ -154,9 +120,9 @@ class Quantisation : public KernelTest {
         ASSERT_EQ(out[static_cast<std::size_t>((p + 1) * panel_bytes + p * 64 + b)], std::byte{0xff}) << "panel " << p;
   }
 
-  // C of every number of rows against the model over `weights` [n, k]; with `integers`, also C straight from them.
+  // C of every number of rows against the model over `weights` [n, k]; with `codes`, also C straight from them.
   void expect_products(const Panels& w, const std::vector<float>& weights, std::int64_t n,
-                       const QuantPanels* integers = nullptr) {
+                       const QuantisedPanels* codes = nullptr) {
     const std::int64_t rows_max = suite_config().row_counts.back();
     Matrix a(rows_max, w.k, element_bytes(), 1);
     a.fill_normal(random_);
@@ -175,34 +141,35 @@ class Quantisation : public KernelTest {
         for (std::int64_t c = 0; c < n; ++c) expected.set(r, c, want.get(first + r, c));
       EXPECT_TRUE(same_matrix(expected, got)) << m << " rows from " << first;
       EXPECT_TRUE(got.guards_are_intact());
-      if (integers == nullptr) continue;
+      if (codes == nullptr) continue;
       Matrix straight(m, n, 4, 3);
-      table().quantised_gemm(a.row(first), a.ld(), m, *integers, straight.floats(), straight.ld(),
-                             {w.data, 128, 64, 3});
-      EXPECT_TRUE(same_matrix(expected, straight)) << m << " rows from " << first << ", from the integers";
+      codes->kernels().gemm(a.row(first), a.ld(), m, codes->panels(), straight.floats(), straight.ld(),
+                            {w.data, 128, 64, 3});
+      EXPECT_TRUE(same_matrix(expected, straight)) << m << " rows from " << first << ", from the codes";
       EXPECT_TRUE(straight.guards_are_intact());
     }
   }
 };
 
-TEST_P(Quantisation, IntegersAndScalesAreTheReferences) {
-  for (const QuantFormat format : kFormats) {
+TEST_P(Quantisation, CodesAndScalesAreTheReferences) {
+  for (const Grouped& format : formats()) {
     expect_reference(33, 45, 64, 2, format);
     expect_reference(7, 32, 32, 1, format);
     expect_reference(3, 5, 32, 2, format);  // a panel without any row
     if (emulated()) continue;
     expect_reference(70, 321, 352, 3, format);  // 352: a last group that is shorter than 64 and 128
     expect_reference(32, 256, 256, 1, format);
+    expect_reference(150, 130, 160, 6, format);  // rows of a second block of 128, and a panel without any
   }
 }
 
 TEST_P(Quantisation, DequantisedWeightsAreTheNearestBf16) {
   const std::int64_t k = emulated() ? 96 : 352;
-  for (const QuantFormat format : kFormats) {
-    SCOPED_TRACE(name_of(format));
+  for (const Grouped& format : formats()) {
+    SCOPED_TRACE(format.name());
     const Matrix rows = make(64, k);
     const QuantReference want = reference(rows, format);
-    const Quantised quantised(table(), rows, k, 2, format);
+    const QuantisedPanels quantised = quantise(rows, k, 2, format);
     expect_weights(quantised, want, k, 0, k);
     expect_weights(quantised, want, k, k - 32, 32);
     expect_weights(quantised, want, k, 32, 32);
@@ -210,14 +177,20 @@ TEST_P(Quantisation, DequantisedWeightsAreTheNearestBf16) {
   }
 }
 
+// How many integers of each sign a format has; 0: its codes are none.
+std::int32_t integers_of(const Grouped& format) {
+  return format.kernels.format == "int8" ? 128 : format.kernels.format == "int4" ? 8 : 0;
+}
+
 // What lets every table round as it likes: no product needs more than 24 bits or lies half-way between two bf16.
 TEST_P(Quantisation, NoProductOfAnIntegerAndAScaleNeedsADecisionAboutTies) {
   if (emulated()) GTEST_SKIP() << "a property of scales, which are the same natively";
-  for (const std::int32_t bits : {8, 4}) {
+  for (const Grouped& format : formats()) {
+    const std::int32_t integer_max = integers_of(format);
+    if (integer_max == 0 || format.group != 32) continue;
     Matrix rows(512, 32, element_bytes());
     rows.fill_normal(random_, 3.0f);
-    const Quantised quantised(table(), rows, 32, 16, {bits, 32});
-    const std::int32_t integer_max = bits == 8 ? 128 : 8;
+    const QuantisedPanels quantised = quantise(rows, 32, 16, format);
     for (std::int64_t r = 0; r < 512; ++r) {
       const float scale = quantised.scale(r, 0);
       for (std::int32_t integer = 1; integer <= integer_max; ++integer) {
@@ -233,38 +206,40 @@ TEST_P(Quantisation, NoProductOfAnIntegerAndAScaleNeedsADecisionAboutTies) {
 
 TEST_P(Quantisation, AWeightIsAtMostHalfAStepFromItsIntegerUnlessThatIsTheLargest) {
   const std::int64_t k = emulated() ? 32 : 256;
-  for (const QuantFormat format : kFormats) {
-    SCOPED_TRACE(name_of(format));
+  for (const Grouped& format : formats()) {
+    SCOPED_TRACE(format.name());
+    const std::int32_t integers = integers_of(format);
+    if (integers == 0) continue;
     Matrix rows(32, k, element_bytes());
     rows.fill_normal(random_, 0.02f);
-    const Quantised quantised(table(), rows, k, 1, format);
+    const QuantisedPanels quantised = quantise(rows, k, 1, format);
     for (std::int64_t r = 0; r < 32; ++r) {
       for (std::int64_t c = 0; c < k; ++c) {
         const double scale = static_cast<double>(quantised.scale(r, c));
-        const std::int32_t integer = quantised.integer(r, c);
+        const std::int32_t integer = quantised.code(r, c);
         const double error = std::abs(scale * integer - static_cast<double>(rows.get(r, c)));
         // What is as large as the largest but of the other sign loses a whole step.
-        const double steps = integer == (format.bits == 8 ? 127 : 7) ? 1.00001 : 0.50001;
+        const double steps = integer == integers - 1 ? 1.00001 : 0.50001;
         ASSERT_LE(error, std::abs(scale) * steps) << "row " << r << ", column " << c;
       }
     }
   }
 }
 
-TEST_P(Quantisation, ProductsWithDequantisedPanelsAndWithIntegersHaveTheBitsOfTheModel) {
+TEST_P(Quantisation, ProductsWithDequantisedPanelsAndWithCodesHaveTheBitsOfTheModel) {
   const std::int64_t n = 96;
   const std::int64_t k = emulated() ? 64 : 352;
-  for (const QuantFormat format : kFormats) {
+  for (const Grouped& format : formats()) {
     if (emulated() && format.group == 64) continue;
-    SCOPED_TRACE(name_of(format));
+    SCOPED_TRACE(format.name());
     Matrix rows(n, k, element_bytes());
     rows.fill_normal(random_, 0.1f);
     const QuantReference want = reference(rows, format);
-    const Quantised quantised(table(), rows, k, n / kPanelRows, format);
+    const QuantisedPanels quantised = quantise(rows, k, n / kPanelRows, format);
     const std::int64_t stride = kernels::panel_stride_bytes(k, element_bytes());
     std::vector<std::byte> panels(static_cast<std::size_t>(n / kPanelRows * stride));
-    table().dequantise(quantised.panels(), 0, k, panels.data(), stride);
-    expect_products({panels.data(), stride, n / kPanelRows, k}, want.weights, n, &quantised.panels());
+    format.kernels.dequantise(quantised.panels(), 0, k, panels.data(), stride);
+    expect_products({panels.data(), stride, n / kPanelRows, k}, want.weights, n, &quantised);
   }
 }
 
@@ -273,16 +248,17 @@ TEST_P(Quantisation, ProductsWithTransposedColumnsHaveTheBitsOfTheModel) {
   const std::int64_t n = emulated() ? 64 : 160;  // becomes k
   constexpr std::int64_t k = 96;
   constexpr std::int64_t q = 1;
-  for (const QuantFormat format : {QuantFormat{8, 128}, QuantFormat{4, 128}, QuantFormat{8, 32}}) {
-    SCOPED_TRACE(name_of(format));
+  for (const Grouped& format : formats()) {
+    if (format.group == 64) continue;
+    SCOPED_TRACE(format.name());
     Matrix rows(n, k, element_bytes());
     rows.fill_normal(random_, 0.1f);
     const QuantReference want = reference(rows, format);
-    const Quantised quantised(table(), rows, k, n / kPanelRows, format);
+    const QuantisedPanels quantised = quantise(rows, k, n / kPanelRows, format);
     const std::int64_t block_bytes = kPanelRows * kPanelRows * element_bytes();
     std::vector<std::byte> blocks(static_cast<std::size_t>(n / kPanelRows * block_bytes));
     std::vector<std::byte> transposed(blocks.size());
-    table().dequantise(quantised.panels(), q * kPanelRows, kPanelRows, blocks.data(), block_bytes);
+    format.kernels.dequantise(quantised.panels(), q * kPanelRows, kPanelRows, blocks.data(), block_bytes);
     table().transpose_panels({blocks.data(), block_bytes, n / kPanelRows, kPanelRows}, 0, 1, transposed.data(), 0, {});
     std::vector<float> weights;
     for (std::int64_t r = 0; r < kPanelRows; ++r)
@@ -299,12 +275,15 @@ std::vector<const kernels::KernelTable*> bf16_tables() {
 }
 INSTANTIATE_TEST_SUITE_P(Tables, Quantisation, testing::ValuesIn(bf16_tables()), table_test_name);
 
-TEST(QuantisationOfTables, IsThereForBf16Only) {
+TEST(QuantisationOfTables, IsThereForBf16OnlyAndForEveryQuantisedFormat) {
   for (const kernels::KernelTable* table : kernels::all_tables()) {
-    EXPECT_EQ(table->quantise != nullptr, table->element_bytes == 2) << table->name;
-    EXPECT_EQ(table->dequantise != nullptr, table->element_bytes == 2) << table->name;
-    EXPECT_EQ(table->quantised_gemm != nullptr, table->element_bytes == 2) << table->name;
-    EXPECT_TRUE(table->quantised_gemm != nullptr || table->quantised_rows_max == 0) << table->name;
+    std::vector<std::string_view> want;
+    for (const kernels::StorageFormat& format : kernels::formats())
+      if (format.quantised && format.element_bytes == table->element_bytes) want.push_back(format.name);
+    std::vector<std::string_view> got;
+    for (const QuantKernels& kernels : table->formats) got.push_back(kernels.format);
+    EXPECT_EQ(got, want) << table->name;
+    EXPECT_EQ(table->formats.empty(), table->element_bytes == 4) << table->name;
   }
 }
 

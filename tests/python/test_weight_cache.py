@@ -39,7 +39,7 @@ def bits_of(daemon: Daemon) -> str:
     return next(line for line in result.stdout.splitlines() if line.startswith("bits"))
 
 
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "fp8"])
 def test_a_start_from_the_cache_serves_the_same_bits(tiny: Path, tmp_path: Path, weight_format: str) -> None:
     cache = tmp_path / "cache"
     found = []

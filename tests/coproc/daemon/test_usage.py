@@ -46,7 +46,7 @@ class Usage(DaemonTest):
         run = lambda *flags: self.coproc("run", "--model", self.model, *flags)
         for threads in ("0", "-1", "two", "99999999999999999999", "1025", "1.5", ""):
             self.assert_error(run("--threads", threads), 2, "--threads")
-        self.assert_error(run("--weight-format", "fp16"), 2, "fp16", "bf16, fp32, int8, int4")
+        self.assert_error(run("--weight-format", "fp16"), 2, "fp16", "bf16, fp32, int8, int4, fp8")
         self.assert_error(run("--numa", "on"), 2, "auto, off")
         self.assert_error(run("--numa", "0;;1"), 2, "pool 1 has no CPU")
         self.assert_error(run("--numa", "0,0"), 2, "named twice")

@@ -14,11 +14,9 @@
 namespace kt::test {
 namespace {
 
-constexpr std::string_view kFormats[] = {"", "int8", "int4"};  // "": elements.
-
 struct GoldenCase {
   const kernels::KernelTable* table;
-  std::string_view format;
+  std::string_view format;  // "": elements.
   std::string name() const {
     std::string text(table->name);
     text += table->element_bytes == 4 ? "_fp32" : "_bf16";
@@ -30,9 +28,8 @@ void PrintTo(const GoldenCase& value, std::ostream* out) { *out << value.name();
 std::vector<GoldenCase> golden_cases() {
   std::vector<GoldenCase> cases;
   for (const kernels::KernelTable* table : kernels::all_tables()) {
-    for (const std::string_view format : kFormats) {
-      if (format.empty() || table->quantise != nullptr) cases.push_back({table, format});
-    }
+    cases.push_back({table, ""});
+    for (const kernels::QuantKernels& format : table->formats) cases.push_back({table, format.format});
   }
   return cases;
 }
@@ -69,7 +66,7 @@ void add_run(TestLayer& layer, const std::vector<const Batch*>& batches, const T
 // Few and many tokens, alone and together, kept and recomputed, in blocks of few rows, on two nodes.
 std::uint64_t hash_of(const GoldenCase& of, const coproc::AdapterLayerSpec& spec) {
   LayerOptions options = {.hidden = 112, .intermediate = 72, .spec = spec};
-  if (!of.format.empty()) options.quantised = kernels::find_format(of.format)->quantised;
+  if (!of.format.empty()) options.format = kernels::find_format(of.format);
   TestLayer layer(options, *of.table, 601);
   std::mt19937 random(602);
   const Batch none = layer.make_batch(0, Routing::kSoftmaxTopK, random);
@@ -100,15 +97,19 @@ struct Recorded {
 
 constexpr Recorded kRecorded[] = {
     {"amx_bf16", {0xe2481a0854a1424e, 0x2033fa560844ead7, 0xb0e6cd9444060a0e}},
+    {"amx_bf16_fp8", {0x4ee30c68b1d939c8, 0x1fbaec64b3a3adab, 0x289b049cf80fe86f}},
     {"amx_bf16_int8", {0x57689ac103f97500, 0x8a8992d406133b79, 0x63419e4290735f6f}},
     {"amx_bf16_int4", {0xd5ea8e64e3dff1a1, 0xe7fc2a415e77bbb1, 0x5d2449e1c7b8ff0f}},
     {"avx512_bf16", {0x29f43e3a23b5743f, 0x1a91950a86324112, 0xf6342b3c7e9871ce}},
+    {"avx512_bf16_fp8", {0x04eb75e5e342626d, 0xf9aeea5a5d4e89bf, 0x41882cca5fea5889}},
     {"avx512_bf16_int8", {0x9d987fd802659e6b, 0x897aba61bb0428a7, 0x538b1171882b38d5}},
     {"avx512_bf16_int4", {0x17f25fafd40b41dc, 0x63f01e32191407ee, 0xc27c3ba333d1a881}},
     {"avx2_bf16", {0xd163fc5601bccbef, 0x4f42b739bdcdcb2a, 0x337f6d64e02f9b01}},
+    {"avx2_bf16_fp8", {0x6a24276660139ea8, 0x5525c762f55e7f24, 0x022984924f773bfd}},
     {"avx2_bf16_int8", {0xf1e1168bf77c1633, 0x7d6a2fd44b7d1e9f, 0x756b6222d73bd41c}},
     {"avx2_bf16_int4", {0x365d9fba7bc25fc1, 0xd12129cbbfc484b3, 0xe9ea24853e90d62b}},
     {"scalar_bf16", {0xd163fc5601bccbef, 0x4f42b739bdcdcb2a, 0x337f6d64e02f9b01}},
+    {"scalar_bf16_fp8", {0x6a24276660139ea8, 0x5525c762f55e7f24, 0x022984924f773bfd}},
     {"scalar_bf16_int8", {0xf1e1168bf77c1633, 0x7d6a2fd44b7d1e9f, 0x756b6222d73bd41c}},
     {"scalar_bf16_int4", {0x365d9fba7bc25fc1, 0xd12129cbbfc484b3, 0xe9ea24853e90d62b}},
     {"scalar_fp32", {0x307d4d7643ac7569, 0x1e71b52229dbc82f, 0x2b40d671d591c54e}},

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <numeric>
 
-#include "tests/support/quant_reference.h"
+#include "tests/support/formats/format_reference.h"
 
 namespace kt::test {
 namespace {
@@ -23,12 +23,18 @@ std::size_t product(std::initializer_list<std::int64_t> factors) {
   return static_cast<std::size_t>(count);
 }
 
-// What quantised weights of k columns are computed with.
-Doubles dequantised(const Doubles& weights, std::int64_t k, kernels::QuantFormat format) {
-  const std::vector<float> rows(weights.begin(), weights.end());
-  const auto n = static_cast<std::int64_t>(rows.size()) / k;
-  const QuantReference reference = quant_reference(rows, n, k, format.bits, format.group);
-  return Doubles(reference.weights.begin(), reference.weights.end());
+// What quantised weights [num_experts, n, k] are computed with.
+Doubles dequantised(const Doubles& weights, std::int64_t num_experts, std::int64_t k,
+                    const kernels::StorageFormat& format) {
+  const auto expert_size = static_cast<std::ptrdiff_t>(weights.size()) / num_experts;
+  Doubles result;
+  for (auto at = weights.begin(); at != weights.end(); at += expert_size) {
+    const QuantReference reference =
+        format_reference(format.name)
+            .quantise(std::vector<float>(at, at + expert_size), expert_size / k, k, format.quantised->group);
+    result.insert(result.end(), reference.weights.begin(), reference.weights.end());
+  }
+  return result;
 }
 
 // The top_k largest of random logits with their softmax, as routers do.
@@ -126,7 +132,7 @@ void TestLayer::fill_weights(const LayerOptions& options, std::mt19937& random) 
   r.gate = random_elements(count, 1 / std::sqrt(static_cast<double>(r.hidden)), table_.element_bytes, random);
   r.up = random_elements(count, 1 / std::sqrt(static_cast<double>(r.hidden)), table_.element_bytes, random);
   r.down = random_elements(count, 1 / std::sqrt(static_cast<double>(r.intermediate)), table_.element_bytes, random);
-  auto created = coproc::ExpertWeights::create(dims_, table_, options.quantised);
+  auto created = coproc::ExpertWeights::create(dims_, table_, options.format);
   weights_ = std::move(created).value();
   const Bytes gate = to_elements(r.gate, table_.element_bytes);
   const Bytes up = to_elements(r.up, table_.element_bytes);
@@ -136,10 +142,10 @@ void TestLayer::fill_weights(const LayerOptions& options, std::mt19937& random) 
     const std::size_t at = e * expert_bytes;
     weights_->set_expert(0, e, gate.data() + at, up.data() + at, down.data() + at);
   }
-  if (!options.quantised || options.original_reference) return;
-  r.gate = dequantised(r.gate, r.hidden, *options.quantised);
-  r.up = dequantised(r.up, r.hidden, *options.quantised);
-  r.down = dequantised(r.down, r.intermediate, *options.quantised);
+  if (options.format == nullptr || options.original_reference) return;
+  r.gate = dequantised(r.gate, r.num_experts, r.hidden, *options.format);
+  r.up = dequantised(r.up, r.num_experts, r.hidden, *options.format);
+  r.down = dequantised(r.down, r.num_experts, r.intermediate, *options.format);
 }
 
 void TestLayer::make_adapter(const coproc::AdapterLayerSpec& spec, std::mt19937& random) {

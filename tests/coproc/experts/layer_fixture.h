@@ -7,12 +7,12 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "coproc/experts/expert_compute.h"
+#include "kernels/formats.h"
 #include "kernels/kernel_table.h"
 #include "tests/support/expert_reference.h"
 
@@ -50,8 +50,8 @@ struct LayerOptions {
   std::int64_t hidden = 96;
   std::int64_t intermediate = 64;
   Activation activation = {};
-  coproc::AdapterLayerSpec spec = {};  // r = 0 twice: no adapter.
-  std::optional<kernels::QuantFormat> quantised = std::nullopt;
+  coproc::AdapterLayerSpec spec = {};              // r = 0 twice: no adapter.
+  const kernels::StorageFormat* format = nullptr;  // A quantised one; null: elements.
   bool original_reference = false;  // The reference has the weights before quantisation, not those after it.
 };
 

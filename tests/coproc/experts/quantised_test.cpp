@@ -1,10 +1,11 @@
-// Layers of int8 and int4 weights: the same tolerances as bf16 against the weights they are computed with, stated ones
+// Layers of quantised weights: the same tolerances as bf16 against the weights they are computed with, stated ones
 // against the weights they were made of, and the same promises about bits.
 #include <cmath>
 #include <iostream>
 
 #include "kernels/formats.h"
 #include "tests/coproc/experts/layer_fixture.h"
+#include "tests/support/formats/format_reference.h"
 
 namespace kt::test {
 namespace {
@@ -33,7 +34,7 @@ class QuantisedLayer : public testing::TestWithParam<Case> {
   }
   const kernels::KernelTable& table() const { return *GetParam().table; }
   LayerOptions with_format(LayerOptions options) const {
-    options.quantised = GetParam().format->quantised;
+    options.format = GetParam().format;
     return options;
   }
 
@@ -96,12 +97,11 @@ TEST_P(QuantisedLayer, OfOddSizesMatchesTheReference) {
                 6e-3);
 }
 
-// int8 may deviate by 1.5e-2 forward and 2e-2 backward; int4 has a sixteenth of its integers and 15 times its error.
 TEST_P(QuantisedLayer, IsAsNearToTheOriginalWeightsAsItsFormatAllows) {
   LayerOptions options = with_format({.hidden = 256, .intermediate = 256, .spec = spec_of(8, true, 8)});
   options.original_reference = true;
-  const bool is_int8 = GetParam().format->quantised->bits == 8;
-  expect_within(measure(options, 96, 66), is_int8 ? 1.5e-2 : 0.2, is_int8 ? 2e-2 : 0.2);
+  const FormatReference& reference = format_reference(GetParam().format->name);
+  expect_within(measure(options, 96, 66), reference.forward_error, reference.backward_error);
 }
 
 TEST_P(QuantisedLayer, GivesEveryTokenTheSameBitsWhateverTheCompanyAndTheWorkers) {
@@ -131,10 +131,10 @@ TEST_P(QuantisedLayer, TakesTheMemoryOfItsFormat) {
                                    .intermediate_size = 768,
                                    .element_bytes = 2};
   const auto plain = coproc::ExpertWeights::create(dims, table()).value()->bytes();
-  const auto quantised = coproc::ExpertWeights::create(dims, table(), GetParam().format->quantised).value()->bytes();
+  const auto quantised = coproc::ExpertWeights::create(dims, table(), GetParam().format).value()->bytes();
   const double ratio = static_cast<double>(plain) / static_cast<double>(quantised);
   std::cout << "bf16 takes " << ratio << " times the memory\n";
-  EXPECT_GE(ratio, GetParam().format->quantised->bits == 8 ? 1.9 : 3.6);
+  EXPECT_GE(ratio, format_reference(GetParam().format->name).memory_ratio);
 }
 
 }  // namespace

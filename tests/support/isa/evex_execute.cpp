@@ -101,6 +101,17 @@ void execute_compare(const Instruction& in, VectorRegisters& registers) {
   registers.k(in.reg) = result;
 }
 
+// Which words have a bit in common.
+void execute_test_words(const Instruction& in, VectorRegisters& registers) {
+  const Zmm a = registers.zmm(in.second);
+  const Zmm b = read_rm(in, registers);
+  std::uint64_t result = 0;
+  for (int lane = 0; lane < num_lanes(in); ++lane) {
+    if ((a.get<std::uint16_t>(lane) & b.get<std::uint16_t>(lane)) != 0) result |= std::uint64_t{1} << lane;
+  }
+  registers.k(in.reg) = result;
+}
+
 void execute_lanes(const Instruction& in, VectorRegisters& registers) {
   const Zmm a = registers.zmm(in.second);
   const Zmm b = read_rm(in, registers);
@@ -160,6 +171,8 @@ Zmm rearrange(const Instruction& in, const Zmm& a, const Zmm& b) {
     for (int w = 0; w < words; ++w) result.set(w, std::uint32_t{b.get<std::uint16_t>(w)});
   } else if (in.op == Op::kWidenBytes) {
     for (int w = 0; w < words; ++w) result.set(w, std::int32_t{b.get<std::int8_t>(w)});
+  } else if (in.op == Op::kWidenUnsignedBytes) {
+    for (int i = 0; i < num_lanes(in); ++i) result.set(i, std::uint16_t{b.bytes[i]});
   } else if (in.op == Op::kPermute) {  // a: which words of b
     for (int w = 0; w < words; ++w)
       result.set(w, b.get<std::uint32_t>(static_cast<int>(a.get<std::uint32_t>(w) % static_cast<unsigned>(words))));
@@ -219,12 +232,15 @@ void execute_permute_two(const Instruction& in, VectorRegisters& registers) {
   const Zmm first = registers.zmm(over_indices ? in.second : in.reg);
   const Zmm index = registers.zmm(over_indices ? in.reg : in.second);
   const Zmm second = read_rm(in, registers);
-  const std::uint32_t lanes = in.vector_bytes / 4;
+  const int lanes = num_lanes(in);
   Zmm result{};
-  for (std::uint32_t i = 0; i < lanes; ++i) {
-    const std::uint32_t from = index.get<std::uint32_t>(static_cast<int>(i)) & (2 * lanes - 1);
+  for (int i = 0; i < lanes; ++i) {
+    const int at = i * in.element_bytes;
+    int from = 0;  // little-endian
+    std::memcpy(&from, index.bytes + at, in.element_bytes);
+    from &= 2 * lanes - 1;
     const Zmm& table = from < lanes ? first : second;
-    std::memcpy(result.bytes + i * 4, table.bytes + from % lanes * 4, 4);
+    std::memcpy(result.bytes + at, table.bytes + from % lanes * in.element_bytes, in.element_bytes);
   }
   write_vector(in, registers, in.reg, result);
 }
@@ -278,17 +294,19 @@ void execute_mask(const Instruction& in, VectorRegisters& registers) {
   if (in.op == Op::kMaskToGpr) registers.set_gpr(in.reg, registers.k(in.rm) & kWord);
 }
 
-// vpbroadcastd zmm, r32.
+// vpbroadcastd and vpbroadcastw from a general register.
 void execute_broadcast_gpr(const Instruction& in, VectorRegisters& registers) {
   Zmm result{};
-  for (int lane = 0; lane < num_lanes(in); ++lane) result.set(lane, static_cast<std::uint32_t>(registers.gpr(in.rm)));
+  const std::uint64_t value = registers.gpr(in.rm);
+  for (int at = 0; at < in.vector_bytes; at += in.element_bytes)
+    std::memcpy(result.bytes + at, &value, in.element_bytes);
   write_vector(in, registers, in.reg, result);
 }
 
 const char* refusal(const Instruction& in, const VectorRegisters& registers) {
   const bool general_register = in.op == Op::kGprToXmm || in.op == Op::kXmmToGpr || in.op == Op::kBroadcastGpr;
   if (general_register && !in.memory && in.rm > 15) return "a general register above r15";
-  if (in.op == Op::kBroadcastGpr && in.memory) return "vpbroadcastd from a general register with a memory operand";
+  if (in.op == Op::kBroadcastGpr && in.memory) return "a broadcast from a general register with a memory operand";
   if ((in.op == Op::kExtract || in.op == Op::kInsert) && in.vector_bytes <= in.memory_bytes)
     return "an insertion or extraction as long as the vector";
   if (in.op == Op::kShuffle128 && in.vector_bytes == 16) return "vshufi64x2 of 128 bits";
@@ -320,6 +338,9 @@ const char* execute_evex(const Instruction& in, VectorRegisters& registers) {
     case Op::kCompare:
       execute_compare(in, registers);
       break;
+    case Op::kTestWords:
+      execute_test_words(in, registers);
+      break;
     case Op::kAddScalar:
     case Op::kSubScalar:
     case Op::kMulScalar:
@@ -332,6 +353,7 @@ const char* execute_evex(const Instruction& in, VectorRegisters& registers) {
     case Op::kAlign:
     case Op::kWiden:
     case Op::kWidenBytes:
+    case Op::kWidenUnsignedBytes:
     case Op::kPermute:
     case Op::kRoundTwo:
     case Op::kShuffleBytes:

@@ -66,12 +66,13 @@ constexpr Form kForms[] = {
     {1, k66, 1, 0x6e, -1, Op::kGprToXmm, 8, Size::k8, kNoSecond},
     {1, k66, 0, 0x7e, -1, Op::kXmmToGpr, 4, Size::k4, kNoSecond},
     {1, k66, 1, 0x7e, -1, Op::kXmmToGpr, 8, Size::k8, kNoSecond},
-    // vbroadcastss, vpbroadcastd, vbroadcastf32x4, vbroadcasti32x4
+    // vbroadcastss, vpbroadcast{d,w}, vbroadcastf32x4, vbroadcasti32x4
     {2, k66, 0, 0x18, -1, Op::kBroadcast, 4, Size::k4, kMove},
     {2, k66, 0, 0x58, -1, Op::kBroadcast, 4, Size::k4, kMove},
     {2, k66, 0, 0x1a, -1, Op::kBroadcast, 4, Size::k16, kMove},
     {2, k66, 0, 0x5a, -1, Op::kBroadcast, 4, Size::k16, kMove},
     {2, k66, 0, 0x7c, -1, Op::kBroadcastGpr, 4, Size::k4, kMove},
+    {2, k66, 0, 0x7b, -1, Op::kBroadcastGpr, 2, Size::k4, kMove},
     // v{add,sub,mul,div,sqrt}{ps,ss}, v{xor,and,or}ps
     {1, kNone, 0, 0x58, -1, Op::kAdd, 4, Size::kFull, kMath},
     {1, kNone, 0, 0x5c, -1, Op::kSub, 4, Size::kFull, kMath},
@@ -124,7 +125,12 @@ constexpr Form kForms[] = {
     {2, k66, 0, 0x16, -1, Op::kPermute, 4, Size::kFull, kPlain},
     {2, k66, 0, 0x36, -1, Op::kPermute, 4, Size::kFull, kPlain},
     {2, kF2, 0, 0x72, -1, Op::kRoundTwo, 2, Size::kFull, kPlain},
-    // vperm{t,i}2ps
+    // vpmovzxbw, vptestmw
+    {2, k66, -1, 0x30, -1, Op::kWidenUnsignedBytes, 2, Size::kHalf, kNoSecond},
+    {2, k66, 1, 0x26, -1, Op::kTestWords, 2, Size::kFull, kPlain},
+    // vperm{t,i}2{ps,w}
+    {2, k66, 1, 0x7d, -1, Op::kPermuteTwo, 2, Size::kFull, kPlain},
+    {2, k66, 1, 0x75, -1, Op::kPermuteTwoOver, 2, Size::kFull, kPlain},
     {2, k66, 0, 0x7f, -1, Op::kPermuteTwo, 4, Size::kFull, kPlain},
     {2, k66, 0, 0x77, -1, Op::kPermuteTwoOver, 4, Size::kFull, kPlain},
 };

@@ -42,6 +42,7 @@ enum class Op : std::uint8_t {
   kFma213,
   kDot,
   kCompare,
+  kTestWords,
   // One lane, the rest from the second operand.
   kAddScalar,
   kSubScalar,
@@ -55,6 +56,7 @@ enum class Op : std::uint8_t {
   kNarrow,
   kWiden,
   kWidenBytes,
+  kWidenUnsignedBytes,
   kShuffleBytes,
   kUnpackLow,
   kUnpackHigh,
