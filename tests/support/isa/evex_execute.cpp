@@ -101,6 +101,22 @@ void execute_compare(const Instruction& in, VectorRegisters& registers) {
   registers.k(in.reg) = result;
 }
 
+// Active lanes from the last operand, the others from the one before it, or zero.
+void execute_blend(const Instruction& in, VectorRegisters& registers) {
+  Zmm result = registers.zmm(in.second);
+  const Zmm b = read_rm(in, registers);
+  for (int lane = 0; lane < num_lanes(in); ++lane) {
+    if (lane_is_active(in, registers, lane)) {
+      result.set(lane, b.get<std::uint32_t>(lane));
+    } else if (in.zeroing) {
+      result.set(lane, std::uint32_t{0});
+    }
+  }
+  Instruction whole = in;
+  whole.mask = 0;
+  write_vector(whole, registers, in.reg, result);
+}
+
 // Which words have a bit in common.
 void execute_test_words(const Instruction& in, VectorRegisters& registers) {
   const Zmm a = registers.zmm(in.second);
@@ -337,6 +353,9 @@ const char* execute_evex(const Instruction& in, VectorRegisters& registers) {
       break;
     case Op::kCompare:
       execute_compare(in, registers);
+      break;
+    case Op::kBlend:
+      execute_blend(in, registers);
       break;
     case Op::kTestWords:
       execute_test_words(in, registers);

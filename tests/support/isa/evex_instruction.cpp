@@ -73,11 +73,12 @@ constexpr Form kForms[] = {
     {2, k66, 0, 0x5a, -1, Op::kBroadcast, 4, Size::k16, kMove},
     {2, k66, 0, 0x7c, -1, Op::kBroadcastGpr, 4, Size::k4, kMove},
     {2, k66, 0, 0x7b, -1, Op::kBroadcastGpr, 2, Size::k4, kMove},
-    // v{add,sub,mul,div,sqrt}{ps,ss}, v{xor,and,or}ps
+    // v{add,sub,mul,div,sqrt}{ps,ss}, vmaxps, v{xor,and,or}ps
     {1, kNone, 0, 0x58, -1, Op::kAdd, 4, Size::kFull, kMath},
     {1, kNone, 0, 0x5c, -1, Op::kSub, 4, Size::kFull, kMath},
     {1, kNone, 0, 0x59, -1, Op::kMul, 4, Size::kFull, kMath},
     {1, kNone, 0, 0x5e, -1, Op::kDiv, 4, Size::kFull, kMath},
+    {1, kNone, 0, 0x5f, -1, Op::kMax, 4, Size::kFull, kMath},
     {1, kNone, 0, 0x51, -1, Op::kSqrt, 4, Size::kFull, kMath | kNoSecond},
     {1, kF3, 0, 0x58, -1, Op::kAddScalar, 4, Size::k4, kPlain},
     {1, kF3, 0, 0x5c, -1, Op::kSubScalar, 4, Size::k4, kPlain},
@@ -125,9 +126,10 @@ constexpr Form kForms[] = {
     {2, k66, 0, 0x16, -1, Op::kPermute, 4, Size::kFull, kPlain},
     {2, k66, 0, 0x36, -1, Op::kPermute, 4, Size::kFull, kPlain},
     {2, kF2, 0, 0x72, -1, Op::kRoundTwo, 2, Size::kFull, kPlain},
-    // vpmovzxbw, vptestmw
+    // vpmovzxbw, vptestmw, vpblendmd
     {2, k66, -1, 0x30, -1, Op::kWidenUnsignedBytes, 2, Size::kHalf, kNoSecond},
     {2, k66, 1, 0x26, -1, Op::kTestWords, 2, Size::kFull, kPlain},
+    {2, k66, 0, 0x64, -1, Op::kBlend, 4, Size::kFull, kMath},
     // vperm{t,i}2{ps,w}
     {2, k66, 1, 0x7d, -1, Op::kPermuteTwo, 2, Size::kFull, kPlain},
     {2, k66, 1, 0x75, -1, Op::kPermuteTwoOver, 2, Size::kFull, kPlain},

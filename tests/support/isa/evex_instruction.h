@@ -33,6 +33,7 @@ enum class Op : std::uint8_t {
   kAddInt,
   kSubInt,
   kMaxInt,
+  kMax,
   kTernary,
   kConvertInt,
   kShiftRight,
@@ -43,6 +44,7 @@ enum class Op : std::uint8_t {
   kDot,
   kCompare,
   kTestWords,
+  kBlend,
   // One lane, the rest from the second operand.
   kAddScalar,
   kSubScalar,

@@ -51,6 +51,8 @@ std::uint32_t compute_lane(const Instruction& in, std::uint32_t a, std::uint32_t
       return a - b;
     case Op::kMaxInt:
       return static_cast<std::int32_t>(a) > static_cast<std::int32_t>(b) ? a : b;
+    case Op::kMax:
+      return x > y ? a : b;
     case Op::kTernary:
       return ternary(in.immediate, old, a, b);
     case Op::kConvertInt:
