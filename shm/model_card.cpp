@@ -24,6 +24,14 @@ void each_fact(Card& card, Visit& visit) {
   visit("intermediate_size", card.intermediate_size, kIntermediateSizeMax);
   visit("moe_layers", card.moe_layers);
   visit("activation", card.activation);
+  visit("expert_names", card.expert_names);
+}
+
+template <class Names, class Visit>
+void each_name(Names& names, Visit visit) {
+  visit("prefixes", names.prefixes);
+  visit("projections", names.projections);
+  visit("fused", names.fused);
 }
 
 struct Writer {
@@ -35,6 +43,14 @@ struct Writer {
   void operator()(const char* key, const Activation& activation) {
     object[key] = find_activation(activation.kind)->name;
     if (activation.limit != 0) object[std::string(key) + "_limit"] = activation.limit;
+  }
+  void operator()(const char* key, const ExpertNames& names) {
+    json& to = object[key];
+    to["path"] = valid_utf8(names.path);
+    each_name(names, [&](const char* name, const std::vector<std::string>& list) {
+      to[name] = json::array();
+      for (const std::string& text : list) to[name].push_back(valid_utf8(text));
+    });
   }
 };
 
@@ -89,6 +105,24 @@ class Reader {
     if (limit != nullptr && !limit->is_number()) return refuse(limit_key.c_str(), limit);
     activation.limit = limit == nullptr ? 0 : limit->get<float>();
     if (!is_valid(activation)) refuse(limit_key.c_str(), limit);
+  }
+  void operator()(const char* key, ExpertNames& names) {
+    const json* value = find(key);
+    if (value == nullptr || !value->is_object()) return refuse(key, value);
+    const auto is_name = [](const json& text) {
+      return text.is_string() && text.get_ref<const std::string&>().size() <= kExpertNameBytesMax;
+    };
+    const auto member = [&](const char* name) { return value->contains(name) ? (*value)[name] : json(); };
+    const json path = member("path");
+    if (!is_name(path)) return refuse(key, value);
+    names.path = path.get<std::string>();
+    each_name(names, [&](const char* name, std::vector<std::string>& list) {
+      const json from = member(name);
+      if (!from.is_array() || from.size() > kExpertNamesMax || !std::ranges::all_of(from, is_name)) {
+        return refuse(key, value);
+      }
+      list = from.get<std::vector<std::string>>();
+    });
   }
 
  private:

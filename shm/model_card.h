@@ -3,6 +3,7 @@
 // The hello answer, the status page and Python's Client.model are made from the one list of facts in model_card.cpp.
 // A new fact is a member here and a row there.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -21,6 +22,19 @@ inline constexpr std::uint32_t kTopKMax = 1024;
 inline constexpr std::uint32_t kHiddenSizeMax = 1U << 20;
 inline constexpr std::uint32_t kIntermediateSizeMax = 1U << 20;
 
+// How the checkpoint spells its expert tensors:  <prefix>layers.<layer>.<path>.<rest>  where <rest> is, for one tensor
+// per expert and projection, <expert>.<projection>.weight, or a fused tensor's name.
+struct ExpertNames {
+  std::vector<std::string> prefixes;     // "model.", "", …
+  std::string path;                      // "mlp.experts"
+  std::vector<std::string> projections;  // Of gate, up, down.
+  std::vector<std::string> fused;        // gate and up [E, 2I, H], down [E, H, I].
+
+  friend bool operator==(const ExpertNames&, const ExpertNames&) = default;
+};
+inline constexpr std::size_t kExpertNameBytesMax = 128;  // Of each, and this many of a list:
+inline constexpr std::size_t kExpertNamesMax = 8;
+
 struct ModelCard {
   std::string path;           // The checkpoint's directory.
   std::string architecture;   // architectures[0] of config.json: "Qwen3MoeForCausalLM"
@@ -33,6 +47,7 @@ struct ModelCard {
   std::uint32_t intermediate_size = 0;    // Of one routed expert.
   std::vector<std::uint32_t> moe_layers;  // Layers with routed experts, ascending, at least one.
   Activation activation;
+  ExpertNames expert_names = {};
 
   friend bool operator==(const ModelCard&, const ModelCard&) = default;
 };

@@ -143,7 +143,7 @@ json model_json(const StatusPage& page) {
   const auto card = parse_model_card(json::parse(get_text(page.model, sizeof page.model), nullptr, kAllowExceptions));
   if (!card.ok()) return json::object();
   json model = to_json(card.value());
-  model.erase("moe_layers");
+  for (const char* for_ranks_only : {"moe_layers", "expert_names"}) model.erase(for_ranks_only);
   return model;
 }
 

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <system_error>
 
+#include "coproc/model/config_reader.h"
 #include "coproc/model/input_file.h"
 #include "coproc/model/json_file.h"
 
@@ -15,53 +16,6 @@ namespace {
 constexpr std::uint64_t kConfigBytesMax = std::uint64_t{4} << 20;  // Real ones have 1 to 200 KB.
 
 using nlohmann::json;
-
-// config.json with its path, so that every message names the file.
-class ConfigReader {
- public:
-  ConfigReader(const json& config, std::string path) : config_(config), path_(std::move(path)) {}
-
-  Error refuse(std::string why,
-               std::string fix = "use a checkpoint whose config.json is complete and unchanged") const {
-    return bad_model("cannot serve the model of " + path_, std::move(why), std::move(fix));
-  }
-
-  // nullptr when the key is absent or null, which transformers treats alike.
-  const json* find(std::string_view key) const {
-    const auto found = config_.find(key);
-    return found == config_.end() || found->is_null() ? nullptr : &*found;
-  }
-
-  Result<std::string> text(std::string_view key, const char* otherwise) const {
-    const json* value = find(key);
-    if (value == nullptr) return std::string(otherwise);
-    if (!value->is_string()) return refuse(std::string(key) + " is not a string but " + printable(value->dump()));
-    return value->get<std::string>();
-  }
-
-  // A whole number of 1…max under the first of the keys that is present; `otherwise` 0: the key is required.
-  Result<std::uint32_t> count(std::span<const std::string_view> keys, std::uint32_t max,
-                              std::uint32_t otherwise = 0) const {
-    for (const std::string_view key : keys) {
-      const json* value = find(key);
-      if (value == nullptr) continue;
-      if (!value->is_number_unsigned() || value->get<std::uint64_t>() < 1 || value->get<std::uint64_t>() > max) {
-        return refuse(std::string(key) + " is " + printable(value->dump()) + ", a whole number from 1 to " +
-                      std::to_string(max) + " is needed");
-      }
-      return static_cast<std::uint32_t>(value->get<std::uint64_t>());
-    }
-    if (otherwise != 0) return otherwise;
-    return refuse("it has no " + std::string(keys.front()));
-  }
-  Result<std::uint32_t> count(std::string_view key, std::uint32_t max, std::uint32_t otherwise = 0) const {
-    return count(std::span(&key, 1), max, otherwise);
-  }
-
- private:
-  const json& config_;
-  std::string path_;
-};
 
 // architectures[0], model_type and their row of the table.
 Status read_family(const ConfigReader& reader, ModelConfig& model) {
@@ -73,14 +27,15 @@ Status read_family(const ConfigReader& reader, ModelConfig& model) {
   }
   model.architecture = architectures->front().get<std::string>();
   KT_TRY(model.model_type, reader.text("model_type", ""));
-  for (const Family& family : families()) {
-    if (std::ranges::find(family.architectures, model.architecture) == family.architectures.end()) continue;
-    if (model.model_type != family.model_type) {
+  for (const Family* family : families()) {
+    if (std::ranges::find(family->architectures, model.architecture) == family->architectures.end()) continue;
+    if (model.model_type != family->model_type) {
       return reader.refuse("its architecture " + model.architecture + " goes with model_type " +
-                               printable(family.model_type) + ", but model_type is " + printable(model.model_type),
+                               printable(family->model_type) + ", but model_type is " + printable(model.model_type),
                            fix);
     }
-    model.family = &family;
+    model.family = family;
+    model.expert_names = family->names();
     return ok_status();
   }
   return reader.refuse("its architecture " + printable(model.architecture) + " (model_type " +
@@ -88,29 +43,11 @@ Status read_family(const ConfigReader& reader, ModelConfig& model) {
                        fix);
 }
 
-// The rule of Qwen2-MoE's and Qwen3-MoE's decoder layers: not in mlp_only_layers, and every decoder_sparse_step-th.
 Status read_moe_layers(const ConfigReader& reader, ModelConfig& model) {
-  KT_TRY(const std::uint32_t step, reader.count("decoder_sparse_step", shm::kLayersMax, 1));
-  std::vector<std::int64_t> dense;
-  if (const json* only = reader.find("mlp_only_layers"); only != nullptr) {
-    const auto is_integer = [](const json& layer) { return layer.is_number_integer(); };
-    if (!only->is_array() || !std::ranges::all_of(*only, is_integer)) {
-      return reader.refuse("mlp_only_layers is not a list of layer numbers but " + printable(only->dump()));
-    }
-    for (const json& layer : *only) dense.push_back(layer.get<std::int64_t>());
-    std::ranges::sort(dense);
-  }
-  for (std::uint32_t layer = 0; layer < model.num_layers; ++layer) {
-    const bool is_dense = std::ranges::binary_search(dense, std::int64_t{layer});
-    if (!is_dense && (layer + 1) % step == 0) model.moe_layers.push_back(layer);
-  }
-  if (model.moe_layers.empty()) {
-    return reader.refuse("none of its " + std::to_string(model.num_layers) +
-                             " layers has routed experts (decoder_sparse_step " + std::to_string(step) + ", " +
-                             std::to_string(dense.size()) + " mlp_only_layers)",
-                         "use a checkpoint with routed experts: there is nothing to serve in this one");
-  }
-  return ok_status();
+  KT_TRY(model.moe_layers, model.family->moe_layers(reader, model.num_layers));
+  if (!model.moe_layers.empty()) return ok_status();
+  return reader.refuse("none of its " + std::to_string(model.num_layers) + " layers has routed experts",
+                       "use a checkpoint with routed experts: there is nothing to serve in this one");
 }
 
 Status read_sizes(const ConfigReader& reader, ModelConfig& model) {
@@ -128,11 +65,6 @@ Status read_sizes(const ConfigReader& reader, ModelConfig& model) {
 }
 
 Status refuse_unsupported(const ConfigReader& reader) {
-  KT_TRY(const std::string activation, reader.text("hidden_act", "silu"));
-  if (activation != "silu") {
-    return reader.refuse("hidden_act is " + printable(activation) + "; the expert kernels compute silu",
-                         "use a checkpoint with hidden_act silu");
-  }
   if (const json* quantization = reader.find("quantization_config"); quantization != nullptr) {
     const json* method = quantization->is_object() && quantization->contains("quant_method")
                              ? &(*quantization)["quant_method"]
@@ -173,6 +105,7 @@ Result<ModelConfig> read_config(const std::string& directory) {
   KT_TRY_STATUS(read_family(reader, model));
   KT_TRY_STATUS(read_sizes(reader, model));
   KT_TRY_STATUS(read_moe_layers(reader, model));
+  KT_TRY(model.activation, model.family->activation(reader));
   KT_TRY_STATUS(refuse_unsupported(reader));
   KT_TRY(model.weights_file, reader.text("transformers_weights", ""));
   return model;

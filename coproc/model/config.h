@@ -16,7 +16,7 @@ struct ModelConfig : shm::ModelCard {
 };
 
 // Reads and validates <directory>/config.json. Refused with kBadModel: what is not a checkpoint directory, unknown
-// architectures, activations other than silu, quantised checkpoints, missing keys, values outside the limits above.
+// architectures, what the family's rules refuse, quantised checkpoints, missing keys, values outside the limits above.
 Result<ModelConfig> read_config(const std::string& directory);
 
 }  // namespace kt::coproc

@@ -1,42 +1,20 @@
 #include "coproc/model/families.h"
 
 #include <charconv>
+#include <nlohmann/json.hpp>
 #include <system_error>
 
+#include "coproc/model/input_file.h"
+
 namespace kt::coproc {
+
+extern const Family kQwen2Moe;  // families/qwen.cpp
+extern const Family kQwen3Moe;
+extern const Family kHyV4;  // families/hy_v4.cpp
+
 namespace {
 
-constexpr std::string_view kQwen2MoeArchitectures[] = {
-    "Qwen2MoeForCausalLM", "Qwen2MoeModel", "Qwen2MoeForSequenceClassification", "Qwen2MoeForTokenClassification",
-    "Qwen2MoeForQuestionAnswering"};
-constexpr std::string_view kQwen3MoeArchitectures[] = {
-    "Qwen3MoeForCausalLM", "Qwen3MoeModel", "Qwen3MoeForSequenceClassification", "Qwen3MoeForTokenClassification",
-    "Qwen3MoeForQuestionAnswering"};
-
-// transformers 5 writes Qwen3-MoE's num_experts as num_local_experts (its attribute_map); everybody else, and every
-// published Qwen3-MoE checkpoint, writes num_experts.
-constexpr std::string_view kNumExpertsKeys[] = {"num_experts", "num_local_experts"};
-
-// "transformer.": ForQuestionAnswering kept the old name of its base model.
-constexpr std::string_view kPrefixes[] = {"model.", "", "transformer."};
-
-constexpr Family qwen_row(std::string_view model_type, std::span<const std::string_view> architectures) {
-  return Family{.model_type = model_type,
-                .architectures = architectures,
-                .num_experts_keys = kNumExpertsKeys,
-                .top_k_key = "num_experts_per_tok",
-                .intermediate_size_key = "moe_intermediate_size",
-                .prefixes = kPrefixes,
-                .experts_path = "mlp.experts",
-                .projections = {"gate_proj", "up_proj", "down_proj"},
-                .fused_gate_up = "gate_up_proj",
-                .fused_down = "down_proj"};
-}
-
-constexpr Family kFamilies[] = {
-    qwen_row("qwen2_moe", kQwen2MoeArchitectures),
-    qwen_row("qwen3_moe", kQwen3MoeArchitectures),
-};
+constexpr const Family* kFamilies[] = {&kQwen2Moe, &kQwen3Moe, &kHyV4};
 
 bool consume(std::string_view& text, std::string_view start) {
   if (!text.starts_with(start)) return false;
@@ -64,12 +42,19 @@ std::string Family::fused_name(std::string_view prefix, std::uint32_t layer, boo
   return experts_module(*this, prefix, layer) + std::string(down ? fused_down : fused_gate_up);
 }
 
-std::span<const Family> families() { return kFamilies; }
+shm::ExpertNames Family::names() const {
+  return {.prefixes = {prefixes.begin(), prefixes.end()},
+          .path = std::string(experts_path),
+          .projections = {std::begin(projections), std::end(projections)},
+          .fused = {std::string(fused_gate_up), std::string(fused_down)}};
+}
+
+std::span<const Family* const> families() { return kFamilies; }
 
 std::string supported_architectures() {
   std::string list;
-  for (const Family& family : kFamilies) {
-    for (const std::string_view architecture : family.architectures) {
+  for (const Family* family : kFamilies) {
+    for (const std::string_view architecture : family->architectures) {
       if (!list.empty()) list += ", ";
       list += architecture;
     }
@@ -90,6 +75,29 @@ std::optional<ExpertTensorName> parse_expert_name(const Family& family, std::str
     return parts;
   }
   return std::nullopt;
+}
+
+Result<Activation> plain_swiglu(const ConfigReader& config) {
+  KT_TRY_STATUS(config.require_silu());
+  return Activation{};
+}
+
+Result<std::vector<std::uint32_t>> layers_by_type(const ConfigReader& config, std::uint32_t num_layers,
+                                                  std::uint32_t num_dense) {
+  std::vector<std::uint32_t> layers;
+  const nlohmann::json* types = config.find("mlp_layer_types");
+  if (types != nullptr && (!types->is_array() || types->size() != num_layers)) {
+    return config.refuse("mlp_layer_types is no list of " + std::to_string(num_layers) + " layers");
+  }
+  for (std::uint32_t layer = 0; layer < num_layers; ++layer) {
+    if (types == nullptr ? layer < num_dense : (*types)[layer] == "dense") continue;
+    if (types != nullptr && (*types)[layer] != "sparse") {
+      return config.refuse("mlp_layer_types has " + printable((*types)[layer].dump()) +
+                           "; the co-process knows \"sparse\" and \"dense\"");
+    }
+    layers.push_back(layer);
+  }
+  return layers;
 }
 
 }  // namespace kt::coproc

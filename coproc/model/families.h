@@ -1,11 +1,18 @@
-// The model families the co-process can serve: one row says how a family's config.json and its expert tensors are
-// spelled. Supporting another family with the same mathematics means adding a row.
+// The model families the co-process can serve. A family's row, in a file of families/, says how its config.json and its
+// expert tensors are spelled, which layers have experts and what those compute. Another family is another such row, and
+// its name in families.cpp.
 #pragma once
 #include <cstdint>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
+
+#include "coproc/model/config_reader.h"
+#include "shm/base/activation.h"
+#include "shm/base/result.h"
+#include "shm/model_card.h"
 
 namespace kt::coproc {
 
@@ -23,6 +30,11 @@ struct Family {
   std::string_view top_k_key;
   std::string_view intermediate_size_key;
 
+  // Ascending layers with routed experts, of num_layers.
+  Result<std::vector<std::uint32_t>> (*moe_layers)(const ConfigReader& config, std::uint32_t num_layers);
+  // What an expert computes between its gate and up and its down projection.
+  Result<Activation> (*activation)(const ConfigReader& config);
+
   std::span<const std::string_view> prefixes;  // "model." below a head, "" for a saved base model.
   std::string_view experts_path;               // "mlp.experts"
   std::string_view projections[3];             // By Projection.
@@ -32,9 +44,16 @@ struct Family {
   std::string per_expert_name(std::string_view prefix, std::uint32_t layer, std::uint32_t expert,
                               Projection projection) const;
   std::string fused_name(std::string_view prefix, std::uint32_t layer, bool down) const;
+  shm::ExpertNames names() const;
 };
 
-std::span<const Family> families();
+std::span<const Family* const> families();
+
+// Rules that several families share.
+Result<Activation> plain_swiglu(const ConfigReader& config);  // hidden_act is silu.
+// mlp_layer_types[layer] is "sparse" or "dense"; where that list is absent the first num_dense layers are dense.
+Result<std::vector<std::uint32_t>> layers_by_type(const ConfigReader& config, std::uint32_t num_layers,
+                                                  std::uint32_t num_dense);
 
 // "Qwen3MoeForCausalLM, Qwen3MoeModel, …": every architecture of every row, for error messages.
 std::string supported_architectures();

@@ -76,7 +76,7 @@ def attach(model: nn.Module, client: Client | None = None) -> nn.Module:
     path = str(getattr(getattr(model, "config", None), "name_or_path", ""))
     files = same_model.checkpoint_files(path)
     same_model.require_same_model(client, type(model).__name__, path, files)
-    same_model.require_loaded_from(model, path, files)
+    same_model.require_loaded_from(client, model, path, files)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     swap.swap(model, Binding(client))
     swap.add_placeholders(model, dtype)

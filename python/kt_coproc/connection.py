@@ -127,7 +127,7 @@ class Client:
     @property
     def model(self) -> dict[str, Any]:
         """path, architecture, fingerprint, weight_format, num_layers, num_experts, top_k, hidden_size,
-        intermediate_size, moe_layers, activation, … of the model the daemon serves."""
+        intermediate_size, moe_layers, activation, expert_names, … of the model the daemon serves."""
         return dict(self.connection.model)
 
     def stats(self) -> dict[str, Any]:

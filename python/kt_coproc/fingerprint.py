@@ -8,15 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from .expert_names import ExpertNames
+
 _SAMPLE_BYTES = 4096
 _HEADER_BYTES_MAX = 100_000_000  # As the safetensors library.
-_EXPERT_NAME = re.compile(r"^(?:model\.|transformer\.|)layers\.(\d+)\.mlp\.experts\.(.+)$")
-_PER_EXPERT = re.compile(r"^(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 
 
 class _Tensor(NamedTuple):
@@ -69,9 +68,11 @@ def _fused_samples(gate_up: _Tensor, down: _Tensor, layer: int) -> Iterable[byte
     yield _sample(down.path, down.offset + expert * size, size)
 
 
-def _per_expert_samples(tensors: dict[tuple[int, str], _Tensor], layer: int) -> Iterable[bytes]:
+def _per_expert_samples(
+    tensors: dict[tuple[int, str], _Tensor], layer: int, projections: Sequence[str]
+) -> Iterable[bytes]:
     expert = sampled_expert(layer, 1 + max(expert for expert, _ in tensors))
-    for projection in ("gate_proj", "up_proj", "down_proj"):
+    for projection in projections:
         tensor = tensors[expert, projection]
         yield _sample(tensor.path, tensor.offset, tensor.size)
 
@@ -81,47 +82,47 @@ def sampled_expert(layer: int, num_experts: int) -> int:
     return 7 * layer % num_experts
 
 
-def first_rows(files: Sequence[str]) -> dict[int, tuple[str, bytes]]:
+def first_rows(files: Sequence[str], names: ExpertNames) -> dict[int, tuple[str, bytes]]:
     """Layer -> dtype as in the file and bytes of the first row of the sampled expert's gate matrix. For files that have
     a fingerprint."""
-    routed = _routed_tensors(files)
-    num_experts = 1 + max((int(m[1]) for rest in _rests(routed) if (m := _PER_EXPERT.match(rest))), default=0)
+    routed = [(*_layer_and_rest(name, names), tensor) for name, tensor in _routed_tensors(files, names).items()]
+    num_experts = 1 + max((int(m[1]) for _, rest, _ in routed if (m := names.per_expert.match(rest))), default=0)
     rows = {}
-    for name, tensor in routed.items():
-        match = _EXPERT_NAME.match(name)
-        assert match is not None
-        layer, rest = int(match[1]), match[2]
-        if rest == "gate_up_proj":
+    for layer, rest, tensor in routed:
+        if rest == names.gate_up:
             part = tensor.size // tensor.shape[0]
             offset = tensor.offset + sampled_expert(layer, tensor.shape[0]) * part
             rows[layer] = tensor.dtype, _read(tensor.path, offset, part // tensor.shape[1])
-        elif rest == f"{sampled_expert(layer, num_experts)}.gate_proj.weight":
+        elif rest == f"{sampled_expert(layer, num_experts)}.{names.projections[0]}.weight":
             rows[layer] = tensor.dtype, _read(tensor.path, tensor.offset, tensor.size // tensor.shape[0])
     return rows
 
 
-def _routed_tensors(files: Sequence[str]) -> dict[str, _Tensor]:
+def _routed_tensors(files: Sequence[str], names: ExpertNames) -> dict[str, _Tensor]:
     routed: dict[str, _Tensor] = {}
     for path in files:
-        routed.update({n: t for n, t in read_header(path).items() if _EXPERT_NAME.match(n)})
+        routed.update({n: t for n, t in read_header(path).items() if names.tensor.match(n)})
     return routed
 
 
-def _rests(routed: dict[str, _Tensor]) -> Iterable[str]:
-    return (match[2] for match in map(_EXPERT_NAME.match, routed) if match is not None)
+def _layer_and_rest(name: str, names: ExpertNames) -> tuple[int, str]:
+    match = names.tensor.match(name)
+    assert match is not None
+    return int(match[1]), match[2]
 
 
-def fingerprint(directory: str, files: Sequence[str]) -> str | None:
-    """SHA-256 in hexadecimal, or None where the files do not hold experts of a family the co-process knows.
+def fingerprint(directory: str, files: Sequence[str], names: ExpertNames) -> str | None:
+    """SHA-256 in hexadecimal, or None where the files do not hold experts under the daemon's names.
 
     Args:
         directory: where config.json is.
         files: the safetensors files that transformers resolved for this checkpoint.
+        names: of the daemon's expert tensors.
     """
     try:
         with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
             architecture = json.load(file)["architectures"][0]
-        routed = _routed_tensors(files)
+        routed = _routed_tensors(files, names)
         if not routed:
             return None
         digest = hashlib.sha256(f"{architecture}\n".encode())
@@ -130,24 +131,23 @@ def fingerprint(directory: str, files: Sequence[str]) -> str | None:
             tensor = routed[name]
             shape = ",".join(str(size) for size in tensor.shape)
             digest.update(f"{name}\t{tensor.dtype}\t[{shape}]\n".encode())
-            match = _EXPERT_NAME.match(name)
-            assert match is not None
-            layers.setdefault(int(match[1]), {})[match[2]] = tensor
+            layer, rest = _layer_and_rest(name, names)
+            layers.setdefault(layer, {})[rest] = tensor
         for layer in sorted(layers):
-            for sample in _layer_samples(layers[layer], layer):
+            for sample in _layer_samples(layers[layer], layer, names):
                 digest.update(sample)
         return digest.hexdigest()
     except (OSError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError):
         return None  # Not a checkpoint that a daemon could serve; whoever loads it says what is wrong with it.
 
 
-def _layer_samples(tensors: dict[str, _Tensor], layer: int) -> Iterable[bytes]:
-    if "gate_up_proj" in tensors:
-        return _fused_samples(tensors["gate_up_proj"], tensors["down_proj"], layer)
+def _layer_samples(tensors: dict[str, _Tensor], layer: int, names: ExpertNames) -> Iterable[bytes]:
+    if names.gate_up in tensors:
+        return _fused_samples(tensors[names.gate_up], tensors[names.down], layer)
     per_expert = {}
     for rest, tensor in tensors.items():
-        match = _PER_EXPERT.match(rest)
+        match = names.per_expert.match(rest)
         if match is None:
             raise ValueError(rest)
         per_expert[int(match[1]), match[2]] = tensor
-    return _per_expert_samples(per_expert, layer)
+    return _per_expert_samples(per_expert, layer, names.projections)

@@ -9,11 +9,12 @@ from torch import nn
 
 from . import errors, fingerprint, swap
 from .connection import Client
+from .expert_names import expert_names
 
 
-def require_loaded_from(model: nn.Module, directory: str, files: list[str]) -> None:
+def require_loaded_from(client: Client, model: nn.Module, directory: str, files: list[str]) -> None:
     """A model that was built from a config, or trained, has the checkpoint's name and not its weights."""
-    rows = fingerprint.first_rows(files)
+    rows = fingerprint.first_rows(files, expert_names(client.connection.model))
     dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     for name, module in swap.routed_experts(model):
         layer = swap.layer_number(name)
@@ -45,7 +46,7 @@ def checkpoint_files(directory: str) -> list[str]:
 def require_same_model(client: Client, what: str, directory: str, files: list[str]) -> None:
     """Raises CoprocModelMismatch, naming both, unless the files are the daemon's model."""
     served = client.connection.model
-    ours = fingerprint.fingerprint(directory, files)
+    ours = fingerprint.fingerprint(directory, files, expert_names(served))
     if ours == served["fingerprint"]:
         return
     mine = "no fingerprint (not a checkpoint a co-process could serve)" if ours is None else f"fingerprint {ours[:16]}…"

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from . import errors, placeholder
+from . import errors, gating, placeholder
 from .adapter import PARAMETER_NAMES, Binding
 from .experts import RemoteExperts, expert_shapes, remote_modules
 
@@ -66,20 +65,10 @@ def layer_number(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _is_silu(activation: Any) -> bool:
-    return (
-        activation is functional.silu
-        or isinstance(activation, nn.SiLU)
-        or type(activation).__name__ in ("SiLUActivation", "SiLU")
-    )
-
-
 def _differences(module: nn.Module, model: dict[str, Any]) -> list[str]:
     """What a module does that the daemon does not."""
     if not is_swappable(module):
         return ["its parameters are not a stacked gate_up_proj and down_proj"]
-    from transformers.integrations.moe import _default_apply_gate
-
     found = [
         reason
         for reason, there in (
@@ -88,12 +77,12 @@ def _differences(module: nn.Module, model: dict[str, Any]) -> list[str]:
             ("interleaved gate and up", not getattr(module, "is_concatenated", True)),
             ("no gate", not getattr(module, "has_gate", True)),
             ("a norm after each expert", getattr(module, "has_post_expert_norm", False)),
-            ("its own gating", getattr(type(module), "_apply_gate", _default_apply_gate) is not _default_apply_gate),
-            ("an activation other than silu", not _is_silu(getattr(module, "act_fn", None))),
             ("expert parallelism", getattr(module, "_is_expert_parallel", False)),
         )
         if there
     ]
+    if not found and (gating_difference := gating.difference(module, model)):
+        found.append(gating_difference)
     parameters = _stacked(module)
     for name, (shape, _) in expert_shapes(model, torch.float32).items():
         if parameters[name].shape != shape:

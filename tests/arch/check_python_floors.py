@@ -11,8 +11,9 @@ import sys
 PACKAGE = pathlib.PurePath("python/kt_coproc")
 # From the ground up.
 FLOORS = [
-    ["_native", "_build", "errors", "environment", "scopes", "wire", "fingerprint", "membership", "hooks.__init__"],
-    ["patching", "replay"],
+    ["_native", "_build", "errors", "environment", "scopes", "wire", "expert_names", "gating"]
+    + ["membership", "hooks.__init__"],
+    ["fingerprint", "patching", "replay"],
     ["connection"],
     ["adapter"],
     ["placeholder", "job"],

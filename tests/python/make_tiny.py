@@ -1,8 +1,9 @@
-"""Makes small Qwen3-MoE checkpoints in real format, with a real tokenizer and real text.
+"""Makes small Qwen3-MoE and HunYuan V4 checkpoints in real format, with a real tokenizer and real text.
 
 The text is the source of torch.nn.Module as it is installed beside the tests (BSD licence). The weights are random.
 
     make_tiny.py DIR [--seed 0] [--dtype float32]           3 layers, 8 experts, top 2
+    make_tiny.py DIR --clamped                              HunYuan V4, whose experts clamp
     make_tiny.py DIR --big                                  2.2 GB of bf16 experts under per-expert names, 4 shards
 """
 
@@ -67,6 +68,42 @@ def make_tiny(directory: str, seed: int = 0, dtype: torch.dtype = torch.float32)
         eos_token_id=2,
     )
     Qwen3MoeForCausalLM(config).to(dtype).save_pretrained(directory)
+
+
+CLAMP = 0.6
+
+
+def make_clamped(directory: str, seed: int = 0) -> None:
+    """A HunYuan V4 checkpoint: 3 layers, of which 2 have 6 experts, top 2, whose gate and up are cut at CLAMP. fp32; no
+    tokenizer, a vocabulary of 64."""
+    from transformers import HYV4Config, HYV4ForCausalLM
+
+    torch.manual_seed(seed)
+    config = HYV4Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        q_lora_rank=32,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        index_topk=16,
+        index_head_dim=16,
+        index_n_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        swiglu_limit=CLAMP,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    HYV4ForCausalLM(config).to(torch.float32).save_pretrained(directory)
 
 
 _BIG = {"layers": 44, "experts": 64, "intermediate": 256, "hidden": 512, "vocabulary": 2048}
@@ -140,10 +177,13 @@ def main() -> None:
     parser.add_argument("directory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--clamped", action="store_true")
     parser.add_argument("--big", action="store_true")
     arguments = parser.parse_args()
     if arguments.big:
         make_big(arguments.directory)
+    elif arguments.clamped:
+        make_clamped(arguments.directory, arguments.seed)
     else:
         make_tiny(arguments.directory, arguments.seed, getattr(torch, arguments.dtype))
 

@@ -20,7 +20,11 @@ ModelCard card() {
           .hidden_size = 2048,
           .intermediate_size = 768,
           .moe_layers = {0, 3, 47},
-          .activation = {}};
+          .activation = {},
+          .expert_names = {.prefixes = {"model.", ""},
+                           .path = "mlp.experts",
+                           .projections = {"gate_proj", "up_proj", "down_proj"},
+                           .fused = {"gate_up_proj", "down_proj"}}};
 }
 
 // What is wrong with a good card of which one key was changed.
@@ -53,7 +57,12 @@ TEST(ModelCard, HasTheKeysOfTheWire) {
                           {"hidden_size", 2048},
                           {"intermediate_size", 768},
                           {"moe_layers", {0, 3, 47}},
-                          {"activation", "swiglu"}}));
+                          {"activation", "swiglu"},
+                          {"expert_names",
+                           {{"path", "mlp.experts"},
+                            {"prefixes", {"model.", ""}},
+                            {"projections", {"gate_proj", "up_proj", "down_proj"}},
+                            {"fused", {"gate_up_proj", "down_proj"}}}}}));
 }
 
 TEST(ModelCard, IsValidUtf8WhateverThePathIs) {
@@ -111,6 +120,21 @@ TEST(ModelCard, AnActivationThatTheKernelsLackIsRefused) {
   EXPECT_EQ(why("activation", "clamped_swiglu"), "activation_limit is missing");
   EXPECT_EQ(why("activation_limit", 7.5), "activation_limit is 7.5");
   EXPECT_EQ(why("activation_limit", "7.5"), "activation_limit is \"7.5\"");
+}
+
+TEST(ModelCard, NamesOfExpertTensorsAreShortAndFew) {
+  json names = to_json(card())["expert_names"];
+  names["prefixes"] = json::array();
+  for (std::size_t n = 0; n < kExpertNamesMax; ++n) names["prefixes"].push_back(std::string(kExpertNameBytesMax, 'x'));
+  EXPECT_EQ(why("expert_names", names), "");
+  names["prefixes"].push_back("");
+  EXPECT_NE(why("expert_names", names), "");
+  names["prefixes"] = {std::string(kExpertNameBytesMax + 1, 'x')};
+  EXPECT_NE(why("expert_names", names), "");
+  names["prefixes"] = {1};
+  EXPECT_NE(why("expert_names", names), "");
+  names.erase("prefixes");
+  EXPECT_NE(why("expert_names", names), "");
 }
 
 TEST(ModelCard, LongHostileTextIsCutInTheMessage) {

@@ -13,12 +13,11 @@ from torch import nn
 from .. import environment, errors, same_model, swap
 from ..adapter import Binding
 from ..connection import default_client
+from ..expert_names import expert_names
 from ..experts import remote_modules
 from ..patching import Function, raise_failure, wrap
 from .torch_checkpoint import wrap_checkpoint
 
-# Tensors of the checkpoint that a swapped model does not want; its loader must not complain.
-_EXPERT_KEYS = r"layers\.\d+\..*experts\.(gate_up_proj|down_proj|\d+\.)"
 _local = threading.local()
 
 
@@ -119,10 +118,10 @@ def _post_init(original: Function) -> Function:
         if loading is not None:
             loading.swap(self)
         original(self, *args, **kwargs)
-        if remote_modules(self):
-            self._keys_to_ignore_on_load_unexpected = set(self._keys_to_ignore_on_load_unexpected or ()) | {
-                _EXPERT_KEYS
-            }
+        if remote := remote_modules(self):
+            # The loader must not complain of what a swapped model does not want.
+            names = expert_names(remote[0][1]._kt_binding.client.connection.model)
+            self._keys_to_ignore_on_load_unexpected = {*(self._keys_to_ignore_on_load_unexpected or ()), names.loaded}
 
     return post_init
 

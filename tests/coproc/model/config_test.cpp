@@ -47,6 +47,55 @@ TEST_F(ConfigTest, AllFieldsAreRead) {
   ASSERT_NE(model.family, nullptr);
 }
 
+TEST_F(ConfigTest, TheNamesOfTheExpertTensorsAreTheFamilys) {
+  const Result<ModelConfig> result = read();
+  ASSERT_TRUE(result.ok()) << result.error().text();
+  const shm::ExpertNames& names = result.value().expert_names;
+  EXPECT_EQ(names.prefixes, (std::vector<std::string>{"model.", "", "transformer."}));
+  EXPECT_EQ(names.path, "mlp.experts");
+  EXPECT_EQ(names.projections, (std::vector<std::string>{"gate_proj", "up_proj", "down_proj"}));
+  EXPECT_EQ(names.fused, (std::vector<std::string>{"gate_up_proj", "down_proj"}));
+}
+
+class HyV4ConfigTest : public ConfigTest {
+ protected:
+  HyV4ConfigTest() {
+    config_["architectures"] = {"HYV4ForCausalLM"};
+    config_["model_type"] = "hy_v4";
+    config_["n_routed_experts"] = config_["num_experts"];
+    config_.erase("num_experts");
+    config_["num_hidden_layers"] = 4;
+  }
+};
+
+TEST_F(HyV4ConfigTest, TheLimitOfItsClampIsRead) {
+  config_["swiglu_limit"] = 7.5;
+  const Result<ModelConfig> result = read();
+  ASSERT_TRUE(result.ok()) << result.error().text();
+  EXPECT_EQ(result.value().activation, (Activation{ActivationKind::kClampedSwiGlu, 7.5f}));
+  config_.erase("swiglu_limit");
+  EXPECT_EQ(read().value().activation.limit, 10.0f);
+}
+
+TEST_F(HyV4ConfigTest, ALimitThatIsNoneIsRefusedWithItsValue) {
+  for (const json& limit : {json(0), json(-1.5), json("7"), json(1e60)}) {
+    config_["swiglu_limit"] = limit;
+    expect_bad_model(read(), {"swiglu_limit is", "a number above zero"});
+  }
+}
+
+TEST_F(HyV4ConfigTest, ItsListOfLayerTypesSaysWhichHaveExperts) {
+  EXPECT_EQ(read().value().moe_layers, (std::vector<std::uint32_t>{1, 2, 3}));
+  config_["mlp_layer_types"] = {"sparse", "dense", "dense", "sparse"};
+  EXPECT_EQ(read().value().moe_layers, (std::vector<std::uint32_t>{0, 3}));
+  config_["mlp_layer_types"] = {"sparse", "dense", "dense", "moe"};
+  expect_bad_model(read(), {"mlp_layer_types", "moe"});
+  config_["mlp_layer_types"] = {"sparse"};
+  expect_bad_model(read(), {"mlp_layer_types", "4 layers"});
+  config_["mlp_layer_types"] = {"dense", "dense", "dense", "dense"};
+  expect_bad_model(read(), {"none of its 4 layers"});
+}
+
 TEST_F(ConfigTest, ThePathBecomesAbsoluteAndPlain) {
   ASSERT_TRUE(read().ok());
   const std::filesystem::path before = std::filesystem::current_path();

@@ -5,7 +5,7 @@
 namespace kt::coproc {
 namespace {
 
-const Family& qwen3() { return families()[1]; }
+const Family& qwen3() { return *families()[1]; }
 
 TEST(Families, NamesAreThoseOfTransformers) {
   ASSERT_EQ(qwen3().model_type, "qwen3_moe");
@@ -41,6 +41,7 @@ TEST(Families, EveryArchitectureIsListed) {
   const std::string list = supported_architectures();
   EXPECT_NE(list.find("Qwen2MoeForCausalLM"), std::string::npos);
   EXPECT_NE(list.find("Qwen3MoeForCausalLM"), std::string::npos);
+  EXPECT_NE(list.find("HYV4ForCausalLM"), std::string::npos);
 }
 
 }  // namespace
