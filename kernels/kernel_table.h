@@ -131,7 +131,8 @@ struct AdamwArgs {
   float eps;
 };
 
-// Arrays are row by row, a row ld_… behind the one before it, counted in what the array holds. n: a multiple of 32.
+// Arrays are row by row, a row ld_… behind the one before it, counted in what the array holds. n: a multiple of 32,
+// if nothing else is said.
 struct ActivateArgs {
   Activation activation = {};      // f
   std::int64_t m = 0;              // rows
@@ -160,6 +161,34 @@ struct ActivateBackwardArgs {
   std::int64_t ld_z = 0;
   void* grad_gate_up = nullptr;  // [m, 2·n] elements, interleaved: ∂L/∂gate, ∂L/∂up, rounded; may be `saved` itself
   std::int64_t ld_grad = 0;
+};
+
+struct LoraWgradArgs {
+  const float* left = nullptr;  // [m, r]; counts as round(scale · left · row_scale) in elements
+  std::int64_t ld_left = 0;
+  const void* right = nullptr;  // [m, n] elements; columns 32p … 32p + 31 begin at p · panel_step
+  std::int64_t ld_right = 0;
+  std::int64_t panel_step = 0;
+  const float* row_scale = nullptr;  // [m]; null: 1
+  float scale = 1;
+  std::int64_t m = 0;  // tokens
+  std::int64_t r = 0;
+  std::int64_t n = 0;     // of any size
+  float* grad = nullptr;  // [r, n], or transposed [n, r]
+  std::int64_t ld_grad = 0;
+  bool transposed = false;
+};
+
+struct SumRoutesArgs {
+  const void* rows = nullptr;  // [any, n] elements
+  std::int64_t ld_rows = 0;
+  const std::int32_t* route_row = nullptr;  // [num_tokens, top_k]: a row of `rows`; -1 adds nothing
+  const float* weight = nullptr;            // [num_tokens, top_k]; null: 1
+  std::int64_t num_tokens = 0;
+  std::int64_t top_k = 0;
+  std::int64_t n = 0;    // of any size
+  float* sum = nullptr;  // [num_tokens, n]
+  std::int64_t ld_sum = 0;
 };
 
 struct KernelTable {
@@ -200,17 +229,11 @@ struct KernelTable {
   // From gate and up, and p = ∂y/∂z before weighting: the gradients of gate, up and the routing weight.
   void (*activate_backward)(const ActivateBackwardArgs& args);
 
-  // grad[r, n] f32 (ldg) += Σ_m L[m, r]·right[m, n], by gemm: L = round(scale · left[m, r] f32 (ldl) · row_scale[m]) in
-  // elements, row_scale null = 1. Columns 32p … 32p + 31 of right (elements, ldr) begin at p · panel_step. transposed:
-  // grad is [n, r]. The sum of each 128 m, ascending, is added to grad.
-  void (*lora_wgrad)(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr, std::int64_t panel_step,
-                     const float* row_scale, std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad,
-                     std::int64_t ldg, bool transposed);
+  // grad += leftᵀ · right, by gemm whose k is the tokens: the sum of each 128 of them, ascending, is added to grad.
+  void (*lora_wgrad)(const LoraWgradArgs& args);
 
-  // sum[t, 0…n) f32 (lds) = Σ_j weight[t,j] · rows[route_row[t,j]] over j ascending; route_row -1 adds nothing; weight
-  // null = 1. rows elements (ld).
-  void (*sum_routes)(const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight,
-                     std::int64_t t, std::int64_t k, std::int64_t n, float* sum, std::int64_t lds);
+  // sum[t] = Σ_j weight[t, j] · rows[route_row[t, j]] over j ascending.
+  void (*sum_routes)(const SumRoutesArgs& args);
 
   // One AdamW step over n parameters: p, m, v f32 in place, s f32 the summed gradient.
   void (*adamw)(float* p, float* m, float* v, const float* s, std::int64_t n, const AdamwArgs& args);

@@ -36,8 +36,15 @@ void RouteSum::run(const Pass& pass, const Sum& what, Crew& crew) {
   // sum[tokens of the task, H] over the routes of one node.
   const auto sum_node = [&](std::size_t node, const TokenTask& task, float* sum) {
     const float* weights = what.batch[static_cast<std::size_t>(task.item)].weights + task.begin * top_k;
-    pass.table.sum_routes(what.results[node], pass.hidden_padded, parts_[node].slots.data() + first_slot(task),
-                          what.weighted ? weights : nullptr, task.end - task.begin, top_k, hidden, sum, hidden);
+    pass.table.sum_routes({.rows = what.results[node],
+                           .ld_rows = pass.hidden_padded,
+                           .route_row = parts_[node].slots.data() + first_slot(task),
+                           .weight = what.weighted ? weights : nullptr,
+                           .num_tokens = task.end - task.begin,
+                           .top_k = top_k,
+                           .n = hidden,
+                           .sum = sum,
+                           .ld_sum = hidden});
   };
   const auto sums_of = [&](std::size_t node, const TokenTask& task) {
     return parts_[node].sums.floats() + first_slot(task) / top_k * hidden;

@@ -97,11 +97,20 @@ void accumulate_rows(const Pass& pass, Block& block, Range rows, AdapterTensor w
   // Panels of dG and dU alternate.
   const std::int64_t panel_step = wide == kGateUp ? 2 * kPanelRows : kPanelRows;
   const std::int64_t first_column = wide == kGateUp && is_up ? kPanelRows : 0;
-  pass.table.lora_wgrad(left, width, right.data + first_column * pass.element_bytes, right.ld, panel_step,
-                        is_down ? pass.routes.weight.data() + block.begin + rows.begin : nullptr, rows.count(),
-                        is_b ? tensor.shape.cols : tensor.shape.rows, is_b ? tensor.shape.rows : tensor.shape.cols,
-                        static_cast<float>((is_down ? pass.lora->spec.down : pass.lora->spec.gate_up).scaling),
-                        tensor.s + block.expert * tensor.expert_size(), tensor.shape.cols, is_b);
+  pass.table.lora_wgrad(
+      {.left = left,
+       .ld_left = width,
+       .right = right.data + first_column * pass.element_bytes,
+       .ld_right = right.ld,
+       .panel_step = panel_step,
+       .row_scale = is_down ? pass.routes.weight.data() + block.begin + rows.begin : nullptr,
+       .scale = static_cast<float>((is_down ? pass.lora->spec.down : pass.lora->spec.gate_up).scaling),
+       .m = rows.count(),
+       .r = is_b ? tensor.shape.cols : tensor.shape.rows,
+       .n = is_b ? tensor.shape.rows : tensor.shape.cols,
+       .grad = tensor.s + block.expert * tensor.expert_size(),
+       .ld_grad = tensor.shape.cols,
+       .transposed = is_b});
 }
 
 // All rows of some tensors, in the blocks in which a whole expert would be computed. `kFirst`: the half's first one.

@@ -76,10 +76,8 @@ void pack_right(const WgradArgs& args, std::int64_t panel, std::int64_t count, s
 // Lanes of two vectors in turn, a first; from the lower halves, or from the upper ones.
 template <bool kUpper>
 inline F32 zip(F32 a, F32 b) {
-  U32 lanes;
-  for (int i = 0; i < kLanes; ++i)
-    lanes[i] = static_cast<std::uint32_t>(i / 2 + i % 2 * kLanes + (kUpper ? kLanes / 2 : 0));
-  return __builtin_shuffle(a, b, lanes);
+  constexpr auto kFrom = [](int lane) { return lane / 2 + lane % 2 * kLanes + (kUpper ? kLanes / 2 : 0); };
+  return shuffle(a, b, kFrom);
 }
 
 // Eight rows of kLanes columns become kLanes rows of eight, one after the other: three times two streams into one.
@@ -181,20 +179,20 @@ void multiply_wgrad(const WgradArgs& args, const Element* left, std::int64_t row
   }
 }
 
-void lora_wgrad(const float* left, std::int64_t ldl, const void* right, std::int64_t ldr, std::int64_t panel_step,
-                const float* row_scale, std::int64_t m, std::int64_t r, std::int64_t n, float scale, float* grad,
-                std::int64_t ldg, bool transposed) {
+void lora_wgrad(const LoraWgradArgs& args) {
   alignas(64) Element scaled[kWgradRows * kWgradTokens];
-  for (std::int64_t token = 0; token < m; token += kWgradTokens) {
-    const std::int64_t tokens = m - token < kWgradTokens ? m - token : kWgradTokens;
+  for (std::int64_t token = 0; token < args.m; token += kWgradTokens) {
+    const std::int64_t tokens = args.m - token < kWgradTokens ? args.m - token : kWgradTokens;
     const std::int64_t k = (tokens + kDepthMultiple - 1) / kDepthMultiple * kDepthMultiple;
-    const float* token_scale = row_scale == nullptr ? nullptr : row_scale + token;
-    for (std::int64_t row = 0; row < r; row += kWgradRows) {
-      const std::int64_t rows = r - row < kWgradRows ? r - row : kWgradRows;
-      scale_left(left + token * ldl + row, ldl, token_scale, tokens, k, rows, scale, scaled);
-      multiply_wgrad({static_cast<const Element*>(right) + token * ldr, ldr, panel_step, tokens, k,
-                      grad + row * (transposed ? 1 : ldg), ldg},
-                     scaled, rows, n, transposed);
+    const float* token_scale = args.row_scale == nullptr ? nullptr : args.row_scale + token;
+    const Element* right = static_cast<const Element*>(args.right) + token * args.ld_right;
+    for (std::int64_t row = 0; row < args.r; row += kWgradRows) {
+      const std::int64_t rows = args.r - row < kWgradRows ? args.r - row : kWgradRows;
+      scale_left(args.left + token * args.ld_left + row, args.ld_left, token_scale, tokens, k, rows, args.scale,
+                 scaled);
+      multiply_wgrad({right, args.ld_right, args.panel_step, tokens, k,
+                      args.grad + row * (args.transposed ? 1 : args.ld_grad), args.ld_grad},
+                     scaled, rows, args.n, args.transposed);
     }
   }
 }

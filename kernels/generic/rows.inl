@@ -17,17 +17,18 @@ void round_rows(const float* in, std::int64_t ldi, std::int64_t m, std::int64_t 
   }
 }
 
-void sum_routes(const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight, std::int64_t t,
-                std::int64_t k, std::int64_t n, float* sum, std::int64_t lds) {
-  for (std::int64_t token = 0; token < t; ++token) {
-    const std::int32_t* route = route_row + token * k;
-    float* to = sum + token * lds;
-    for_vectors(n, [&](std::int64_t i, std::int64_t count) {
+void sum_routes(const SumRoutesArgs& args) {
+  for (std::int64_t token = 0; token < args.num_tokens; ++token) {
+    const std::int32_t* route = args.route_row + token * args.top_k;
+    const float* weight = args.weight == nullptr ? nullptr : args.weight + token * args.top_k;
+    float* to = args.sum + token * args.ld_sum;
+    for_vectors(args.n, [&, top_k = args.top_k, ld = args.ld_rows, rows = static_cast<const Element*>(args.rows)](
+                            std::int64_t i, std::int64_t count) {
       F32 total = {};
-      for (std::int64_t j = 0; j < k; ++j) {
+      for (std::int64_t j = 0; j < top_k; ++j) {
         if (route[j] < 0) continue;
-        const F32 value = load(static_cast<const Element*>(rows) + route[j] * ld + i, count);
-        total += weight == nullptr ? value : value * weight[token * k + j];
+        const F32 value = load(rows + route[j] * ld + i, count);
+        total += weight == nullptr ? value : value * weight[j];
       }
       store(to + i, total, count);
     });

@@ -28,18 +28,23 @@ inline F32 load(const float* p) {
   return v;
 }
 
+// Lane i is number from(i) of the lanes of a, then those of b. `from` is a constant: a lambda without captures.
+template <typename From>
+inline F32 shuffle(F32 a, F32 b, From from) {
+#if KT_LANES == 16
+  return __builtin_shufflevector(a, b, from(0), from(1), from(2), from(3), from(4), from(5), from(6), from(7), from(8),
+                                 from(9), from(10), from(11), from(12), from(13), from(14), from(15));
+#elif KT_LANES == 8
+  return __builtin_shufflevector(a, b, from(0), from(1), from(2), from(3), from(4), from(5), from(6), from(7));
+#else
+  return __builtin_shufflevector(a, b, from(0), from(1), from(2), from(3));
+#endif
+}
+
 // Lanes kFirst, kFirst, kFirst + 1, kFirst + 1, … of x.
 template <int kFirst>
 inline F32 each_twice(F32 x) {
-  constexpr int f = kFirst;
-#if KT_LANES == 16
-  return __builtin_shufflevector(x, x, f, f, f + 1, f + 1, f + 2, f + 2, f + 3, f + 3, f + 4, f + 4, f + 5, f + 5,
-                                 f + 6, f + 6, f + 7, f + 7);
-#elif KT_LANES == 8
-  return __builtin_shufflevector(x, x, f, f, f + 1, f + 1, f + 2, f + 2, f + 3, f + 3);
-#else
-  return __builtin_shufflevector(x, x, f, f, f + 1, f + 1);
-#endif
+  return shuffle(x, x, [](int lane) { return kFirst + lane / 2; });
 }
 
 inline void store(float* p, F32 v) { __builtin_memcpy(p, &v, sizeof v); }

@@ -131,8 +131,8 @@ TEST_P(Rows, SumRoutesAddsInSlotOrder) {
     for (const bool weighted : {true, false}) {
       Matrix got(kTokens, n, 4, 3);
       Matrix want(kTokens, n, 4);
-      table().sum_routes(rows.data(), rows.ld(), route.data(), weighted ? weight.floats() : nullptr, kTokens, kSlots, n,
-                         got.floats(), got.ld());
+      table().sum_routes({rows.data(), rows.ld(), route.data(), weighted ? weight.floats() : nullptr, kTokens, kSlots,
+                          n, got.floats(), got.ld()});
       for (std::int64_t t = 0; t < kTokens; ++t) {
         for (std::int64_t c = 0; c < n; ++c) {
           volatile float sum = 0;

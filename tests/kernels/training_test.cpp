@@ -56,8 +56,19 @@ class Training : public KernelTest {
         norm += exact * exact;
       }
     }
-    table().lora_wgrad(left.floats(), left.ld(), right.data(), right.ld(), step, scaled ? row_scale.floats() : nullptr,
-                       m, r, n, scale, got.floats(), got.ld(), transposed);
+    table().lora_wgrad({.left = left.floats(),
+                        .ld_left = left.ld(),
+                        .right = right.data(),
+                        .ld_right = right.ld(),
+                        .panel_step = step,
+                        .row_scale = scaled ? row_scale.floats() : nullptr,
+                        .scale = scale,
+                        .m = m,
+                        .r = r,
+                        .n = n,
+                        .grad = got.floats(),
+                        .ld_grad = got.ld(),
+                        .transposed = transposed});
     EXPECT_TRUE(same_matrix(want, got)) << "m " << m << ", r " << r << ", n " << n << (transposed ? ", transposed" : "")
                                         << (sparse ? ", sparse" : "");
     EXPECT_TRUE(got.guards_are_intact());

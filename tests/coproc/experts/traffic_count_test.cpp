@@ -111,18 +111,16 @@ kernels::KernelTable counting_table() {
     counter.inside(gate_up + (args.z == nullptr ? 0 : args.m * args.n));
     counter.scalar.activate_backward(args);
   };
-  table.lora_wgrad = [](const float* left, std::int64_t ldl, const void* right, std::int64_t ldr,
-                        std::int64_t panel_step, const float* row_scale, std::int64_t m, std::int64_t r, std::int64_t n,
-                        float scale, float* grad, std::int64_t ldg, bool transposed) {
-    counter.inside(m * n);
-    counter.now().lora += 2 * r * n * static_cast<std::int64_t>(sizeof(float));
-    counter.scalar.lora_wgrad(left, ldl, right, ldr, panel_step, row_scale, m, r, n, scale, grad, ldg, transposed);
+  table.lora_wgrad = [](const kernels::LoraWgradArgs& args) {
+    counter.inside(args.m * args.n);
+    counter.now().lora += 2 * args.r * args.n * static_cast<std::int64_t>(sizeof(float));
+    counter.scalar.lora_wgrad(args);
   };
-  table.sum_routes = [](const void* rows, std::int64_t ld, const std::int32_t* route_row, const float* weight,
-                        std::int64_t t, std::int64_t k, std::int64_t n, float* sum, std::int64_t lds) {
+  table.sum_routes = [](const kernels::SumRoutesArgs& args) {
     counter.has_summed = true;
-    counter.outside(std::count_if(route_row, route_row + t * k, [](std::int32_t row) { return row >= 0; }) * n);
-    counter.scalar.sum_routes(rows, ld, route_row, weight, t, k, n, sum, lds);
+    const std::int32_t* end = args.route_row + args.num_tokens * args.top_k;
+    counter.outside(std::count_if(args.route_row, end, [](std::int32_t row) { return row >= 0; }) * args.n);
+    counter.scalar.sum_routes(args);
   };
   return table;
 }
