@@ -108,7 +108,8 @@ class Reader {
   }
   void operator()(const char* key, ExpertNames& names) {
     const json* value = find(key);
-    if (value == nullptr || !value->is_object()) return refuse(key, value);
+    if (value == nullptr) return;
+    if (!value->is_object()) return refuse(key, value);
     const auto is_name = [](const json& text) {
       return text.is_string() && text.get_ref<const std::string&>().size() <= kExpertNameBytesMax;
     };
@@ -123,6 +124,8 @@ class Reader {
       }
       list = from.get<std::vector<std::string>>();
     });
+    const bool is_whole = !names.prefixes.empty() && names.projections.size() == 3 && names.fused.size() == 2;
+    if (names != ExpertNames{} && !is_whole) refuse(key, value);
   }
 
  private:

@@ -56,7 +56,8 @@ struct ModelCard {
 nlohmann::json to_json(const ModelCard& card);
 
 // The way back. kVersionMismatch, naming the key: a missing fact, another type, a value out of range. Keys that are not
-// known are passed over; without "activation" it is SwiGLU.
+// known are passed over; without "activation" it is SwiGLU; "expert_names" may be missing, or empty, but not half
+// there.
 Result<ModelCard> parse_model_card(const nlohmann::json& object);
 
 }  // namespace kt::shm

@@ -43,13 +43,6 @@ Status read_family(const ConfigReader& reader, ModelConfig& model) {
                        fix);
 }
 
-Status read_moe_layers(const ConfigReader& reader, ModelConfig& model) {
-  KT_TRY(model.moe_layers, model.family->moe_layers(reader, model.num_layers));
-  if (!model.moe_layers.empty()) return ok_status();
-  return reader.refuse("none of its " + std::to_string(model.num_layers) + " layers has routed experts",
-                       "use a checkpoint with routed experts: there is nothing to serve in this one");
-}
-
 Status read_sizes(const ConfigReader& reader, ModelConfig& model) {
   const Family& family = *model.family;
   KT_TRY(model.num_layers, reader.count("num_hidden_layers", shm::kLayersMax));
@@ -104,7 +97,7 @@ Result<ModelConfig> read_config(const std::string& directory) {
   const ConfigReader reader(config, file);
   KT_TRY_STATUS(read_family(reader, model));
   KT_TRY_STATUS(read_sizes(reader, model));
-  KT_TRY_STATUS(read_moe_layers(reader, model));
+  KT_TRY(model.moe_layers, model.family->moe_layers(reader, model.num_layers));
   KT_TRY(model.activation, model.family->activation(reader));
   KT_TRY_STATUS(refuse_unsupported(reader));
   KT_TRY(model.weights_file, reader.text("transformers_weights", ""));

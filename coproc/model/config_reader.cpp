@@ -49,7 +49,7 @@ Result<float> ConfigReader::positive(std::string_view key, float otherwise) cons
   const float number = value->is_number() ? value->get<float>() : 0;
   if (!std::isfinite(number) || number <= 0) {
     return refuse(std::string(key) + " is " + printable(value->dump()) + ", a number above zero is needed",
-                  "use a checkpoint whose experts have that limit");
+                  "use a checkpoint whose " + std::string(key) + " is above zero");
   }
   return number;
 }

@@ -77,6 +77,11 @@ std::optional<ExpertTensorName> parse_expert_name(const Family& family, std::str
   return std::nullopt;
 }
 
+Error no_layer_has_experts(const ConfigReader& config, std::uint32_t num_layers, const std::string& detail) {
+  return config.refuse("none of its " + std::to_string(num_layers) + " layers has routed experts (" + detail + ")",
+                       "use a checkpoint with routed experts: there is nothing to serve in this one");
+}
+
 Result<Activation> plain_swiglu(const ConfigReader& config) {
   KT_TRY_STATUS(config.require_silu());
   return Activation{};
@@ -97,6 +102,7 @@ Result<std::vector<std::uint32_t>> layers_by_type(const ConfigReader& config, st
     }
     layers.push_back(layer);
   }
+  if (layers.empty()) return no_layer_has_experts(config, num_layers, "mlp_layer_types");
   return layers;
 }
 

@@ -27,19 +27,19 @@ struct Family {
 
   // Keys of config.json. The first one present of each list counts.
   std::span<const std::string_view> num_experts_keys;
-  std::string_view top_k_key;
-  std::string_view intermediate_size_key;
+  std::string_view top_k_key = "num_experts_per_tok";
+  std::string_view intermediate_size_key = "moe_intermediate_size";
 
-  // Ascending layers with routed experts, of num_layers.
+  // Layers with routed experts, ascending, at least one, of num_layers.
   Result<std::vector<std::uint32_t>> (*moe_layers)(const ConfigReader& config, std::uint32_t num_layers);
   // What an expert computes between its gate and up and its down projection.
   Result<Activation> (*activation)(const ConfigReader& config);
 
   std::span<const std::string_view> prefixes;  // "model." below a head, "" for a saved base model.
-  std::string_view experts_path;               // "mlp.experts"
-  std::string_view projections[3];             // By Projection.
-  std::string_view fused_gate_up;
-  std::string_view fused_down;
+  std::string_view experts_path = "mlp.experts";
+  std::string_view projections[3] = {"gate_proj", "up_proj", "down_proj"};  // By Projection.
+  std::string_view fused_gate_up = "gate_up_proj";
+  std::string_view fused_down = "down_proj";
 
   std::string per_expert_name(std::string_view prefix, std::uint32_t layer, std::uint32_t expert,
                               Projection projection) const;
@@ -49,7 +49,8 @@ struct Family {
 
 std::span<const Family* const> families();
 
-// Rules that several families share.
+// What several families share. A row says only where it differs from the usual spelling.
+Error no_layer_has_experts(const ConfigReader& config, std::uint32_t num_layers, const std::string& detail);
 Result<Activation> plain_swiglu(const ConfigReader& config);  // hidden_act is silu.
 // mlp_layer_types[layer] is "sparse" or "dense"; where that list is absent the first num_dense layers are dense.
 Result<std::vector<std::uint32_t>> layers_by_type(const ConfigReader& config, std::uint32_t num_layers,

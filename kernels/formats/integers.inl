@@ -80,7 +80,7 @@ struct Integers {
       for_vectors(group.columns, [&](std::int64_t i, std::int64_t n) {
         F32 steps = load(in + i, n) * reciprocal;
         steps = steps > kMax ? splat(kMax) : steps;
-        const U32 bits = as_u32(steps + kRoundToInteger);  // With a NaN it is zero below.
+        const U32 bits = as_u32(steps + kRoundToInteger);  // Of a NaN the low bits are zero.
         __builtin_memcpy(rounded + i, &bits, sizeof bits);
       });
       for (std::int64_t k = 0; k < group.columns; ++k) put(codes, row, k, rounded[k]);

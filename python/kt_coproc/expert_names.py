@@ -18,10 +18,10 @@ class ExpertNames(NamedTuple):
 
 
 def expert_names(model: dict[str, Any]) -> ExpertNames:
-    """Of Client.model."""
+    """Of Client.model. Where the daemon gives no names, `tensor` matches nothing."""
     names = model["expert_names"]
-    gate, up, down = names["projections"]
-    fused_gate_up, fused_down = names["fused"]
+    gate, up, down = names["projections"] or ("", "", "")
+    fused_gate_up, fused_down = names["fused"] or ("", "")
     path = re.escape(names["path"])
     prefix = "|".join(map(re.escape, names["prefixes"]))
     fused = "|".join(map(re.escape, names["fused"]))

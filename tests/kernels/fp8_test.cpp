@@ -15,11 +15,6 @@ using kernels::kPanelRows;
 
 class Fp8 : public KernelTest {
  protected:
-  void SetUp() override {
-    KernelTest::SetUp();
-    if (!IsSkipped() && table().formats.empty()) GTEST_SKIP() << "fp8 is for bf16 elements";
-  }
-
   // A panel of one group that holds every code eight times, scaled by `scale`.
   QuantisedPanels every_code(float scale) {
     const Matrix rows(kPanelRows, 64, element_bytes());
@@ -104,7 +99,7 @@ TEST_P(Fp8, TheLargestWeightOfABlockBecomes448AndIsKept) {
   }
 }
 
-KT_INSTANTIATE_KERNEL_TESTS(Fp8);
+INSTANTIATE_TEST_SUITE_P(Tables, Fp8, testing::ValuesIn(bf16_tables()), table_test_name);
 
 }  // namespace
 }  // namespace kt::test

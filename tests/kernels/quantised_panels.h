@@ -8,6 +8,13 @@
 
 namespace kt::test {
 
+// The tables under test that have quantised formats.
+inline std::vector<const kernels::KernelTable*> bf16_tables() {
+  std::vector<const kernels::KernelTable*> tables = suite_config().tables;
+  std::erase_if(tables, [](const kernels::KernelTable* table) { return table->element_bytes != 2; });
+  return tables;
+}
+
 class QuantisedPanels {
  public:
   QuantisedPanels(const kernels::QuantKernels& kernels, const Matrix& rows, std::int64_t k_padded,

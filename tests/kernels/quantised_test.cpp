@@ -268,11 +268,6 @@ TEST_P(Quantisation, ProductsWithTransposedColumnsHaveTheBitsOfTheModel) {
   }
 }
 
-std::vector<const kernels::KernelTable*> bf16_tables() {
-  std::vector<const kernels::KernelTable*> tables = suite_config().tables;
-  std::erase_if(tables, [](const kernels::KernelTable* table) { return table->element_bytes != 2; });
-  return tables;
-}
 INSTANTIATE_TEST_SUITE_P(Tables, Quantisation, testing::ValuesIn(bf16_tables()), table_test_name);
 
 TEST(QuantisationOfTables, IsThereForBf16OnlyAndForEveryQuantisedFormat) {

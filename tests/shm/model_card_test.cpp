@@ -79,6 +79,8 @@ TEST(ModelCard, EveryMissingFactIsNamed) {
     const auto parsed = parse_model_card(object);
     if (key == "activation") {
       EXPECT_EQ(parsed.value(), card());
+    } else if (key == "expert_names") {
+      EXPECT_EQ(parsed.value().expert_names, ExpertNames{});
     } else {
       ASSERT_FALSE(parsed.ok()) << key;
       EXPECT_EQ(parsed.error().why, key + " is missing");
@@ -133,6 +135,8 @@ TEST(ModelCard, NamesOfExpertTensorsAreShortAndFew) {
   EXPECT_NE(why("expert_names", names), "");
   names["prefixes"] = {1};
   EXPECT_NE(why("expert_names", names), "");
+  names["prefixes"] = json::array();
+  EXPECT_NE(why("expert_names", names), "") << "no prefix";
   names.erase("prefixes");
   EXPECT_NE(why("expert_names", names), "");
 }

@@ -24,14 +24,8 @@ extern const Family kHyV4;
 constinit const Family kHyV4 = {.model_type = "hy_v4",
                                 .architectures = kHyV4Architectures,
                                 .num_experts_keys = kHyV4NumExpertsKeys,
-                                .top_k_key = "num_experts_per_tok",
-                                .intermediate_size_key = "moe_intermediate_size",
                                 .moe_layers = hy_v4_moe_layers,
                                 .activation = hy_v4_activation,
-                                .prefixes = kHyV4Prefixes,
-                                .experts_path = "mlp.experts",
-                                .projections = {"gate_proj", "up_proj", "down_proj"},
-                                .fused_gate_up = "gate_up_proj",
-                                .fused_down = "down_proj"};
+                                .prefixes = kHyV4Prefixes};
 
 }  // namespace kt::coproc

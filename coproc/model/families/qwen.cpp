@@ -42,25 +42,18 @@ Result<std::vector<std::uint32_t>> qwen_moe_layers(const ConfigReader& config, s
     if (!is_dense && (layer + 1) % step == 0) layers.push_back(layer);
   }
   if (!layers.empty()) return layers;
-  return config.refuse("none of its " + std::to_string(num_layers) +
-                           " layers has routed experts (decoder_sparse_step " + std::to_string(step) + ", " +
-                           std::to_string(dense.size()) + " mlp_only_layers)",
-                       "use a checkpoint with routed experts: there is nothing to serve in this one");
+  return no_layer_has_experts(
+      config, num_layers,
+      "decoder_sparse_step " + std::to_string(step) + ", " + std::to_string(dense.size()) + " mlp_only_layers");
 }
 
 constexpr Family qwen_row(std::string_view model_type, std::span<const std::string_view> architectures) {
   return {.model_type = model_type,
           .architectures = architectures,
           .num_experts_keys = kQwenNumExpertsKeys,
-          .top_k_key = "num_experts_per_tok",
-          .intermediate_size_key = "moe_intermediate_size",
           .moe_layers = qwen_moe_layers,
           .activation = plain_swiglu,
-          .prefixes = kQwenPrefixes,
-          .experts_path = "mlp.experts",
-          .projections = {"gate_proj", "up_proj", "down_proj"},
-          .fused_gate_up = "gate_up_proj",
-          .fused_down = "down_proj"};
+          .prefixes = kQwenPrefixes};
 }
 
 }  // namespace

@@ -1,11 +1,8 @@
 #include "tests/support/isa/evex_execute.h"
 
-#include <immintrin.h>
-
 #include <bit>
 
 #include "tests/support/isa/evex_lanes.h"
-#include "tests/support/isa/flush_to_zero.h"
 
 namespace kt::test {
 namespace {
@@ -71,25 +68,6 @@ void write_scalar(const Instruction& in, VectorRegisters& registers, float value
   registers.zmm(in.reg) = result;
 }
 
-// acc + a·b of all 16 pairs in the processor's own fused instructions, rounding and flushing as VDPBF16PS does whatever
-// MXCSR says. Independent of bit_model.cpp on purpose.
-__attribute__((target("avx2,fma"))) void dot(const Zmm& a, const Zmm& b, Zmm* acc) {
-  const FlushToZero flush;
-  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int half = 0; half < 64; half += 32) {
-    __m256i x, y;
-    __m256 sum;
-    std::memcpy(&x, a.bytes + half, sizeof x);
-    std::memcpy(&y, b.bytes + half, sizeof y);
-    std::memcpy(&sum, acc->bytes + half, sizeof sum);
-    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, odd)), _mm256_castsi256_ps(_mm256_and_si256(y, odd)),
-                          sum);
-    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)),
-                          sum);
-    std::memcpy(acc->bytes + half, &sum, sizeof sum);
-  }
-}
-
 void execute_compare(const Instruction& in, VectorRegisters& registers) {
   const Zmm a = registers.zmm(in.second);
   const Zmm b = read_rm(in, registers);
@@ -142,17 +120,6 @@ void execute_lanes(const Instruction& in, VectorRegisters& registers) {
   // The immediate shifts have their destination in vvvv.
   const bool shift = in.op == Op::kShiftRight || in.op == Op::kShiftRightSigned || in.op == Op::kShiftLeft;
   write_vector(in, registers, shift ? in.second : in.reg, result);
-}
-
-// The bf16 of a float as VCVTNE2PS2BF16 has it whatever MXCSR says: ties to even, subnormals zero, NaN quiet.
-std::uint16_t nearest_bf16(std::uint32_t bits) {
-  constexpr std::uint32_t kExponent = 0x7f800000;
-  if ((bits & kExponent) == 0) return static_cast<std::uint16_t>(bits >> 16 & 0x8000);
-  if ((bits & kExponent) == kExponent) {
-    const bool is_nan = (bits & ~(kExponent | 0x80000000)) != 0;
-    return static_cast<std::uint16_t>(bits >> 16 | (is_nan ? 0x40 : 0));
-  }
-  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // Results made of whole elements of the operands, the bytes of one, or both rounded.

@@ -1,7 +1,12 @@
 #include "tests/support/isa/evex_lanes.h"
 
+#include <immintrin.h>
+
 #include <bit>
 #include <cmath>
+#include <cstring>
+
+#include "tests/support/isa/flush_to_zero.h"
 
 namespace kt::test {
 namespace {
@@ -102,6 +107,33 @@ bool compare(unsigned predicate, float a, float b) {
     default:
       return true;
   }
+}
+
+__attribute__((target("avx2,fma"))) void dot(const Zmm& a, const Zmm& b, Zmm* acc) {
+  const FlushToZero flush;
+  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  for (int half = 0; half < 64; half += 32) {
+    __m256i x, y;
+    __m256 sum;
+    std::memcpy(&x, a.bytes + half, sizeof x);
+    std::memcpy(&y, b.bytes + half, sizeof y);
+    std::memcpy(&sum, acc->bytes + half, sizeof sum);
+    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(x, odd)), _mm256_castsi256_ps(_mm256_and_si256(y, odd)),
+                          sum);
+    sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16)),
+                          sum);
+    std::memcpy(acc->bytes + half, &sum, sizeof sum);
+  }
+}
+
+std::uint16_t nearest_bf16(std::uint32_t bits) {
+  constexpr std::uint32_t kExponent = 0x7f800000;
+  if ((bits & kExponent) == 0) return static_cast<std::uint16_t>(bits >> 16 & 0x8000);
+  if ((bits & kExponent) == kExponent) {
+    const bool is_nan = (bits & ~(kExponent | 0x80000000)) != 0;
+    return static_cast<std::uint16_t>(bits >> 16 | (is_nan ? 0x40 : 0));
+  }
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 }  // namespace kt::test
