@@ -14,6 +14,7 @@
 #include "shm/base/result.h"
 #include "shm/model_card.h"
 #include "shm/protocol.h"
+#include "shm/tensor_shape.h"
 
 namespace kt::client {
 
@@ -31,15 +32,11 @@ struct ModelInfo : shm::ModelCard {
   std::uint32_t element_bytes = 2;
 };
 
-struct HalfSpec {
-  std::uint32_t r = 0;
-  double scaling = 0;
-};
 struct AdapterSpec {
   std::vector<std::uint32_t> layers;
-  HalfSpec gate_up;
+  shm::HalfSpec gate_up;
   bool shared_a = false;
-  HalfSpec down;
+  shm::HalfSpec down;
 };
 struct JoinSpec {
   std::string job_id, name;

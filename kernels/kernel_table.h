@@ -139,9 +139,10 @@ struct ActivateArgs {
   std::int64_t n = 0;              // columns of z
   const float* gate_up = nullptr;  // [m, 2·n], interleaved
   std::int64_t ld_gate_up = 0;
-  void* saved = nullptr;  // [m, 2·n] elements, interleaved: round(gate_up). null: not kept.
+  void* saved = nullptr;  // [any, 2·n] elements, interleaved: round(gate_up). null: not kept.
   std::int64_t ld_saved = 0;
-  void* z = nullptr;  // [m, n] elements: round(f(gate, up))
+  const std::int32_t* saved_row = nullptr;  // [m]: the row of `saved` for each of m; null: 0, 1, …
+  void* z = nullptr;                        // [m, n] elements: round(f(gate, up))
   std::int64_t ld_z = 0;
 };
 

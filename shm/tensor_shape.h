@@ -6,6 +6,13 @@
 
 namespace kt::shm {
 
+// LoRA of one half of a layer's experts: gate and up, or down.
+struct HalfSpec {
+  std::uint32_t r = 0;  // 0: not adapted; else 1…256.
+  double scaling = 0;   // alpha / r.
+  friend bool operator==(const HalfSpec&, const HalfSpec&) = default;
+};
+
 // What the LoRA tensors of a layer are made for. r = 0: that half is not adapted.
 struct LoraSizes {
   std::uint32_t hidden_size = 0;

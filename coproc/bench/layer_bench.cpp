@@ -28,7 +28,7 @@ constexpr std::uint32_t kLayersMin = 2;
 
 // One forward and its backward.
 struct Call {
-  Activation activation;
+  SavedActivation activation;
   std::vector<std::byte> y;
   std::vector<std::byte> dy;
   std::vector<std::byte> dx;
@@ -158,7 +158,7 @@ void LayerBench::prepare_calls(const Configuration& configuration) {
   const std::size_t x_bytes = std::size_t{configuration.num_tokens} * options_.hidden_size * eb;
   calls_.resize(configuration.num_calls);
   for (Call& call : calls_) {
-    Activation& activation = call.activation;
+    SavedActivation& activation = call.activation;
     activation.layer = next_layer_++ % layers_.dims.num_layers;
     activation.num_tokens = configuration.num_tokens;
     activation.x.assign(x_.begin(), x_.begin() + static_cast<std::ptrdiff_t>(x_bytes));
@@ -183,7 +183,7 @@ void LayerBench::account(Configuration::Direction& direction, bool is_first) {
 double LayerBench::forward(Configuration& configuration) {
   double seconds = 0;
   for (Call& call : calls_) {
-    Activation& activation = call.activation;
+    SavedActivation& activation = call.activation;
     const ForwardItem item = {activation.x.data(),   activation.ids.data(), activation.weights.data(),
                               activation.num_tokens, call.y.data(),         activation.gate_up.data()};
     const auto begin = Clock::now();

@@ -48,7 +48,7 @@ Result<SyntheticLayers> make_synthetic_layers(const ExpertDims& dims, const std:
   });
   if (rank == 0) return layers;
   layers.adapter = std::make_unique<Adapter>(dims, table);
-  const HalfSpec half = {rank, kScaling};
+  const shm::HalfSpec half = {rank, kScaling};
   KT_TRY_STATUS(layers.adapter->add_layers(dims.moe_layers, {half, /*shared_a=*/true, half}));
   fill_parameters(dims, *layers.adapter);
   return layers;

@@ -77,10 +77,10 @@ Result<std::string> label_field(const json& body, const char* key) {
   return std::string(shm::cut_utf8(text, kLabelBytesMax));
 }
 
-Result<HalfSpec> half_field(const json& body, const char* key) {
+Result<shm::HalfSpec> half_field(const json& body, const char* key) {
   const auto found = body.find(key);
   if (found == body.end() || !found->is_object()) return malformed(key, "an object with r and scaling");
-  HalfSpec half;
+  shm::HalfSpec half;
   KT_TRY(half.r, u32_field(*found, "r"));
   if (half.r == 0 && !found->contains("scaling")) return half;
   constexpr double kScalingMax = std::numeric_limits<float>::max();

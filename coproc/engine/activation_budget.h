@@ -20,9 +20,9 @@ struct ActivationBudget {
   Keep decide(std::uint64_t input_bytes, std::uint64_t gate_up_bytes) const;
 };
 
-// Bytes of Activation::x, ids and weights, plus y if it is kept.
+// Bytes of SavedActivation::x, ids and weights, plus y if it is kept.
 std::uint64_t activation_input_bytes(const ExpertDims& dims, std::uint64_t num_tokens, bool keep_y);
-// Bytes of Activation::gate_up.
+// Bytes of SavedActivation::gate_up.
 std::uint64_t activation_gate_up_bytes(const ExpertDims& dims, std::uint64_t num_tokens);
 
 }  // namespace kt::coproc

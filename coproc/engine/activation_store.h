@@ -12,13 +12,15 @@ namespace kt::coproc {
 class ActivationStore {
  public:
   // nullptr: no such activation is live.
-  const Activation* find(std::uint64_t act_id) const {
+  const SavedActivation* find(std::uint64_t act_id) const {
     const auto found = live_.find(act_id);
     return found == live_.end() ? nullptr : &found->second;
   }
-  Activation* find(std::uint64_t act_id) { return const_cast<Activation*>(std::as_const(*this).find(act_id)); }
+  SavedActivation* find(std::uint64_t act_id) {
+    return const_cast<SavedActivation*>(std::as_const(*this).find(act_id));
+  }
   // act_id is not live. The activation's vectors keep their sizes from here on, and it stays where it is.
-  Activation& add(std::uint64_t act_id, Activation activation) {
+  SavedActivation& add(std::uint64_t act_id, SavedActivation activation) {
     bytes_ += activation.bytes();
     return live_.emplace(act_id, std::move(activation)).first->second;
   }
@@ -38,7 +40,7 @@ class ActivationStore {
   std::uint64_t bytes() const { return bytes_; }
 
  private:
-  using Map = std::unordered_map<std::uint64_t, Activation>;
+  using Map = std::unordered_map<std::uint64_t, SavedActivation>;
   Map::iterator erase(Map::iterator at) {
     bytes_ -= at->second.bytes();
     return live_.erase(at);

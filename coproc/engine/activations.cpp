@@ -8,8 +8,8 @@
 
 namespace kt::coproc {
 
-Result<const Activation*> find_activation(const Session& session, const shm::Request& request) {
-  const Activation* const activation = session.activations.find(request.act_id);
+Result<const SavedActivation*> find_activation(const Session& session, const shm::Request& request) {
+  const SavedActivation* const activation = session.activations.find(request.act_id);
   if (activation == nullptr) return unknown_activation(session, request);
   if (request.num_tokens != activation->num_tokens) {
     return protocol_error(session, request,
@@ -19,7 +19,7 @@ Result<const Activation*> find_activation(const Session& session, const shm::Req
   return activation;
 }
 
-Result<Activation*> Activations::keep(Session& session, Pending& head) const {
+Result<SavedActivation*> Activations::keep(Session& session, Pending& head) const {
   const shm::Request& request = head.request;
   const bool keep_y = (request.flags & shm::kKeepY) != 0;
   ActivationBudget budget;
@@ -44,7 +44,7 @@ Result<Activation*> Activations::keep(Session& session, Pending& head) const {
   }
   const shm::ForwardPayload payload(payload_shape(dims_), request.num_tokens);
   const std::byte* const base = session.segment.arena() + request.payload_offset;
-  Activation activation;
+  SavedActivation activation;
   activation.layer = request.layer;
   activation.adapter_id = request.adapter_id;
   activation.step = session.job->step;

@@ -9,7 +9,7 @@ namespace kt::coproc {
 
 // The live activation that a FETCH or BACKWARD names. kNotFound: there is none. kInvalidArgument, a protocol error:
 // its forward had another num_tokens.
-Result<const Activation*> find_activation(const Session& session, const shm::Request& request);
+Result<const SavedActivation*> find_activation(const Session& session, const shm::Request& request);
 
 class Activations {
  public:
@@ -19,7 +19,7 @@ class Activations {
 
   // Copies what the backward of a FORWARD needs, as much of it as the budget allows; the ids move out of the request.
   // kActivationLimit with numbers when not even the input may be kept.
-  Result<Activation*> keep(Session& session, Pending& head) const;
+  Result<SavedActivation*> keep(Session& session, Pending& head) const;
 
  private:
   const ExpertDims& dims_;

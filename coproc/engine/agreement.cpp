@@ -98,7 +98,7 @@ Offer describe_offer(const RankedRequest& ranked) {
   return offer;
 }
 
-std::string half_text(const HalfSpec& half) {
+std::string half_text(const shm::HalfSpec& half) {
   return "r " + std::to_string(half.r) + " and scaling " + number_text(half.scaling);
 }
 

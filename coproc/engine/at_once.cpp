@@ -13,7 +13,7 @@ using shm::Verb;
 namespace {
 
 Status fetch(Session& session, const shm::Request& request, const ExpertDims& dims) {
-  KT_TRY(const Activation* const activation, find_activation(session, request));
+  KT_TRY(const SavedActivation* const activation, find_activation(session, request));
   const shm::FetchPayload payload(payload_shape(dims), request.num_tokens);
   if (activation->y.size() != payload.y.bytes) {
     return Error{ErrorCode::kNotFound, describe(session) + ": " + describe(session, request) + " has no output to give",

@@ -68,14 +68,14 @@ void Batches::run_forward(Batch& batch) {
   Adapter* const adapter = batch.job->find_adapter(batch.key.adapter_id);
   const bool adapted = adapter != nullptr && adapter->spec(batch.key.layer) != nullptr;
   std::vector<Session*> accepted;
-  std::vector<Activation*> kept;  // nullptr: nothing is kept.
+  std::vector<SavedActivation*> kept;  // nullptr: nothing is kept.
   std::vector<ForwardItem> items;
   for (Session* session : batch.sessions) {
     Pending& head = session->queue.front();
     const shm::Request& request = head.request;
-    Activation* activation = nullptr;
+    SavedActivation* activation = nullptr;
     if (request.act_id != 0) {
-      const Result<Activation*> result = activations_.keep(*session, head);
+      const Result<SavedActivation*> result = activations_.keep(*session, head);
       if (!result.ok()) {
         batch.num_tokens -= request.num_tokens;
         session->answer_head(accounting_, shm::Reply{}, &result.error());

@@ -86,7 +86,7 @@ Status Heads::check(const Session& session) {
       return protocol_error(session, request, "act_id is " + std::to_string(request.act_id) + ", which is live");
     }
   } else if (request.verb == Verb::kBackward) {
-    KT_TRY(const Activation* const activation, find_activation(session, request));
+    KT_TRY(const SavedActivation* const activation, find_activation(session, request));
     if (activation->adapter_id != 0 && activation->step != session.job->step) {
       return stale_activation(session, request, *activation);
     }
@@ -99,7 +99,7 @@ BatchKey Heads::key(const Session& session) {
   const shm::Request& request = session.queue.front().request;
   if (request.verb == Verb::kForward) return {request.verb, request.layer, request.adapter_id, false};
   if (request.verb != Verb::kBackward) return {};
-  const Activation* const activation = session.activations.find(request.act_id);
+  const SavedActivation* const activation = session.activations.find(request.act_id);
   if (activation == nullptr) return {};
   const bool accumulate = (request.flags & shm::kAccumulate) != 0 && activation->adapter_id != 0;
   return {request.verb, activation->layer, activation->adapter_id, accumulate};

@@ -5,7 +5,7 @@
 namespace kt::coproc {
 namespace {
 
-std::string describe_half(const HalfSpec& half) {
+std::string describe_half(const shm::HalfSpec& half) {
   if (half.r == 0) return "none";
   return "r " + std::to_string(half.r) + " scaling " + number_text(half.scaling);
 }

@@ -43,7 +43,7 @@ std::string describe(const Session& session, const shm::Request& request) {
       request.verb == Verb::kFetch || request.verb == Verb::kBackward || request.verb == Verb::kRelease;
   if (by_activation) {
     text += " of activation " + std::to_string(request.act_id);
-    if (const Activation* activation = session.activations.find(request.act_id)) {
+    if (const SavedActivation* activation = session.activations.find(request.act_id)) {
       layer = activation->layer;
       adapter_id = activation->adapter_id;
     }
@@ -84,7 +84,7 @@ Error unknown_activation(const Session& session, const shm::Request& request) {
                "call backward once per forward, or pass retain_graph=True to all but the last backward"};
 }
 
-Error stale_activation(const Session& session, const shm::Request& request, const Activation& activation) {
+Error stale_activation(const Session& session, const shm::Request& request, const SavedActivation& activation) {
   return Error{ErrorCode::kStale,
                describe(session) + ": " + describe(session, request) + " uses a forward of another step",
                "the forward of layer " + std::to_string(activation.layer) + " ran in step " +

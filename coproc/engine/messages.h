@@ -23,7 +23,7 @@ std::string describe(const LastRequest& last, std::uint64_t now_ns);
 Error protocol_error(const Session& session, const shm::Request& request, std::string why);
 Error unknown_adapter(const Session& session, const shm::Request& request);
 Error unknown_activation(const Session& session, const shm::Request& request);
-Error stale_activation(const Session& session, const shm::Request& request, const Activation& activation);
+Error stale_activation(const Session& session, const shm::Request& request, const SavedActivation& activation);
 // A session's end, for its peers. reason: what it was told when it broke the protocol.
 Error rank_gone(const Session& session, SessionEnd why, const Error& reason, std::uint64_t now_ns);
 Error shutting_down_error();

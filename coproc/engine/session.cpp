@@ -41,7 +41,7 @@ void Session::note_request(const shm::Request& request, std::uint64_t now_ns) {
   last.has_layer = !shm::is_collective(request.verb);
   if (last.has_layer) last.layer = request.layer;
   if (request.verb == Verb::kBackward || request.verb == Verb::kFetch) {
-    if (const Activation* activation = activations.find(request.act_id)) last.layer = activation->layer;
+    if (const SavedActivation* activation = activations.find(request.act_id)) last.layer = activation->layer;
   }
   last.step = job->step;
   last.at_ns = now_ns;

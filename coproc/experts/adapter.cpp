@@ -23,7 +23,7 @@ std::int64_t pad(std::int64_t n) {
   return static_cast<std::int64_t>(round_up(static_cast<std::uint64_t>(n), std::uint64_t{kPanelRows}));
 }
 
-Status check_half(const char* name, const HalfSpec& half) {
+Status check_half(const char* name, const shm::HalfSpec& half) {
   if (half.r <= kRankMax && std::isfinite(half.scaling)) return ok_status();
   return Error{ErrorCode::kInvalidArgument, std::string("cannot create the adapter's ") + name + " half",
                "r = " + std::to_string(half.r) + ", scaling = " + std::to_string(half.scaling) +

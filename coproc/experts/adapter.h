@@ -22,15 +22,10 @@
 
 namespace kt::coproc {
 
-struct HalfSpec {
-  std::uint32_t r = 0;  // 0: not adapted; else 1…256.
-  double scaling = 0;   // alpha / r.
-  friend bool operator==(const HalfSpec&, const HalfSpec&) = default;
-};
 struct AdapterLayerSpec {
-  HalfSpec gate_up;
+  shm::HalfSpec gate_up;
   bool shared_a = false;  // One A for gate and up (PEFT's fused layout).
-  HalfSpec down;
+  shm::HalfSpec down;
   friend bool operator==(const AdapterLayerSpec&, const AdapterLayerSpec&) = default;
 };
 

@@ -17,7 +17,7 @@ struct ExpertDims {
   std::uint32_t hidden_size = 0;
   std::uint32_t intermediate_size = 0;
   std::uint32_t element_bytes = 2;  // 2: bf16; 4: --weight-format fp32.
-  kt::Activation activation = {};   // Between gate and up and down: kernels/generic/activation.inl computes it.
+  Activation activation = {};       // Between gate and up and down: kernels/generic/activation.inl computes it.
 
   // Kernels want multiples of 32; the padding is zero everywhere and adds exact zeros.
   std::int64_t hidden_padded() const { return static_cast<std::int64_t>(round_up(hidden_size, kernels::kPanelRows)); }

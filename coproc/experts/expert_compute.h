@@ -17,7 +17,7 @@
 namespace kt::coproc {
 
 // What a FORWARD with act_id keeps until its BACKWARD. Rows of routes are indexed t·top_k + j.
-struct Activation {
+struct SavedActivation {
   std::uint32_t layer = 0;
   std::uint32_t adapter_id = 0;
   std::uint64_t step = 0;
@@ -36,12 +36,12 @@ struct ForwardItem {
   const float* weights = nullptr;     // [T, top_k].
   std::uint32_t num_tokens = 0;
   void* y = nullptr;             // [T, H] elements out.
-  void* save_gate_up = nullptr;  // Activation::gate_up's memory, or nullptr.
+  void* save_gate_up = nullptr;  // SavedActivation::gate_up's memory, or nullptr.
 };
 
 struct BackwardItem {
   const void* dy = nullptr;  // [T, H] elements.
-  const Activation* act = nullptr;
+  const SavedActivation* act = nullptr;
   void* dx = nullptr;   // [T, H] elements out.
   float* dw = nullptr;  // [T, top_k] out; sentinel routes get 0.
 };

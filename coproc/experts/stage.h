@@ -36,7 +36,7 @@ struct Pass {
   const Routes& routes;
   const LoraLayer* lora;  // Or null.
   std::int64_t hidden, hidden_padded, intermediate, intermediate_padded, element_bytes, top_k;
-  kt::Activation activation;
+  Activation activation;
   LoraRank gate_up_rank, down_rank;  // ra and rd of block.h.
   std::int64_t rows_max;             // Of a whole expert's block.
   std::uint32_t moe_index = 0;

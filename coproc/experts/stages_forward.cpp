@@ -12,31 +12,28 @@ using kernels::kPanelRows;
 void activate(const Pass& pass, Block& block, Range rows, Range panels, const float* tile) {
   const std::int64_t columns = panels.count() * kPanelRows;
   const std::int64_t first_column = panels.begin * kPanelRows;
-  const auto activate_rows = [&](std::int64_t row, std::int64_t count, std::byte* saved, std::int64_t ld_saved) {
-    const Rows z = rows_of(pass, block, kZ, row);
+  const auto activate_rows = [&](Range part, std::byte* saved, std::int64_t ld_saved, const std::int32_t* saved_row) {
+    const Rows z = rows_of(pass, block, kZ, part.begin);
     pass.table.activate({.activation = pass.activation,
-                         .m = count,
+                         .m = part.count(),
                          .n = columns / 2,
-                         .gate_up = tile + (row - rows.begin) * columns,
+                         .gate_up = tile + (part.begin - rows.begin) * columns,
                          .ld_gate_up = columns,
                          .saved = saved == nullptr ? nullptr : saved + first_column * pass.element_bytes,
                          .ld_saved = ld_saved,
+                         .saved_row = saved_row,
                          .z = z.data + first_column / 2 * pass.element_bytes,
                          .ld_z = z.ld});
   };
   if (!pass.is_forward()) {
     const Rows saved = rows_of(pass, block, kGateUp, rows.begin);
-    return activate_rows(rows.begin, rows.count(), saved.data, saved.ld);
+    return activate_rows(rows, saved.data, saved.ld, nullptr);
   }
-  const std::int64_t ld_kept = 2 * pass.intermediate_padded;
   for_each_run(pass.routes, block.begin + rows.begin, block.begin + rows.end,
                [&](std::size_t item, std::int64_t first, std::int64_t stop) {
-                 auto* kept = static_cast<std::byte*>(pass.forward_items[item].save_gate_up);
-                 if (kept == nullptr) return activate_rows(first - block.begin, stop - first, nullptr, 0);
-                 for (std::int64_t row = first; row < stop; ++row) {
-                   const std::int64_t route = pass.routes.route[static_cast<std::size_t>(row)];
-                   activate_rows(row - block.begin, 1, kept + route * ld_kept * pass.element_bytes, ld_kept);
-                 }
+                 activate_rows({first - block.begin, stop - block.begin},
+                               static_cast<std::byte*>(pass.forward_items[item].save_gate_up),
+                               2 * pass.intermediate_padded, pass.routes.route.data() + first);
                });
 }
 

@@ -39,7 +39,8 @@ template <typename Function>
 void activate_rows(const Function& function, const ActivateArgs args) {
   for (std::int64_t row = 0; row < args.m; ++row) {
     const float* in = args.gate_up + row * args.ld_gate_up;
-    Element* saved = args.saved == nullptr ? nullptr : static_cast<Element*>(args.saved) + row * args.ld_saved;
+    const std::int64_t to = args.saved_row == nullptr ? row : args.saved_row[row];
+    Element* saved = args.saved == nullptr ? nullptr : static_cast<Element*>(args.saved) + to * args.ld_saved;
     Element* z = static_cast<Element*>(args.z) + row * args.ld_z;
     for (std::int64_t c = 0; c < args.n; c += kLanes) {
       const std::int64_t gate = c / kPanelRows * 2 * kPanelRows + c % kPanelRows;

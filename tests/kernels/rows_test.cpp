@@ -254,6 +254,35 @@ TEST_P(Rows, SwigluBackwardHasThePortableBitsWhateverTheCompany) {
   }
 }
 
+TEST_P(Rows, ActivateKeepsGateAndUpInTheRowsAskedFor) {
+  const Matrix gate_up = floats(5, 64, 2.0f);
+  const ActivateResult in_order = activate(table(), gate_up);
+  const std::int32_t rows[] = {6, 0, 3, 8, 1};
+  Matrix kept(9, 64, element_bytes(), 3);
+  kept.fill_bits(random_);
+  const Matrix untouched = kept;
+  Matrix z(5, 32, element_bytes(), 1);
+  table().activate({.m = 5,
+                    .n = 32,
+                    .gate_up = gate_up.floats(),
+                    .ld_gate_up = gate_up.ld(),
+                    .saved = kept.data(),
+                    .ld_saved = kept.ld(),
+                    .saved_row = rows,
+                    .z = z.data(),
+                    .ld_z = z.ld()});
+  EXPECT_TRUE(same_matrix(in_order.z, z));
+  EXPECT_TRUE(kept.guards_are_intact());
+  for (std::int64_t r = 0; r < 9; ++r) {
+    const auto* asked = std::find(std::begin(rows), std::end(rows), static_cast<std::int32_t>(r));
+    for (std::int64_t c = 0; c < 64; ++c) {
+      const float want =
+          asked == std::end(rows) ? untouched.get(r, c) : in_order.saved.get(asked - std::begin(rows), c);
+      EXPECT_TRUE(same_bits(want, kept.get(r, c))) << "row " << r << ", column " << c;
+    }
+  }
+}
+
 // 32 columns at a time, in place, are all of them: grad_weight is a sum of every 32 columns by itself.
 TEST_P(Rows, SwigluBackwardOfAPartOfTheColumnsInPlaceHasTheBitsOfTheWhole) {
   Matrix gate_up = elements(3, 192, 2.0f);

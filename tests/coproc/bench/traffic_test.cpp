@@ -62,7 +62,7 @@ Directions run(const Setting& setting) {
   coproc::ExpertCompute compute(dims, table, *layers.weights, pool);
   const std::size_t num_slots = std::size_t{setting.num_tokens} * setting.top_k;
   const std::size_t x_elements = std::size_t{setting.num_tokens} * setting.hidden;
-  coproc::Activation activation;
+  coproc::SavedActivation activation;
   activation.num_tokens = setting.num_tokens;
   activation.x = coproc::random_elements(static_cast<std::int64_t>(x_elements), 2, 1);
   activation.ids = coproc::Router(setting.num_experts, setting.top_k, 0, 1).route(setting.num_tokens);

@@ -21,7 +21,7 @@ TEST(ControlRequests, ReadAdapterCreateWithItsLayersInOrder) {
   const CreateAdapter create = parse_adapter_create(kCreate).value();
   EXPECT_EQ(create.adapter_id, 1u);
   EXPECT_EQ(create.layers, (std::vector<std::uint32_t>{1, 2, 3}));
-  EXPECT_EQ(create.spec.gate_up, (HalfSpec{4, 0.5}));
+  EXPECT_EQ(create.spec.gate_up, (shm::HalfSpec{4, 0.5}));
   EXPECT_TRUE(create.spec.shared_a);
   EXPECT_EQ(create.spec.down.r, 0u);
   EXPECT_TRUE(check(create).ok());

@@ -57,7 +57,7 @@ TEST_F(Activations, LiveUntilTheirBackwardTheirReleaseOrTheEndOfTheSession) {
 
 TEST_F(Activations, AreUsedUpByABackwardUnlessItKeepsThem) {
   start();
-  coproc::Activation kept;
+  coproc::SavedActivation kept;
   EXPECT_EQ(forward(1).rows, oracle_->forward(2, true, tokens(), &kept));
   const auto expected = oracle_->backward({&kept}, {dy()}, false);
   EXPECT_EQ(backward(1, shm::kKeep).rows, expected[0].dx);
@@ -120,7 +120,7 @@ TEST_F(Activations, BeyondTheLimitKeepOnlyTheInputAndBackwardGivesTheSameBits) {
   const std::uint64_t gate_up = coproc::activation_gate_up_bytes(host_->dims(), kTokens);
   options.activation_bytes_max = 3 * input + gate_up;  // One whole activation and two inputs.
   start(options);
-  coproc::Activation kept;
+  coproc::SavedActivation kept;
   const Bytes y = oracle_->forward(2, true, tokens(), &kept);
   const auto expected = oracle_->backward({&kept}, {dy()}, true);
   EXPECT_EQ(forward(1).rows, y);

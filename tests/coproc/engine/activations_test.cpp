@@ -6,11 +6,11 @@
 namespace kt::test {
 namespace {
 
-using coproc::Activation;
 using coproc::ActivationStore;
+using coproc::SavedActivation;
 
-Activation of_bytes(std::size_t bytes, std::uint32_t adapter_id = 0) {
-  Activation activation;
+SavedActivation of_bytes(std::size_t bytes, std::uint32_t adapter_id = 0) {
+  SavedActivation activation;
   activation.adapter_id = adapter_id;
   activation.x.resize(bytes);
   return activation;
@@ -53,7 +53,7 @@ TEST(ActivationsOwner, AreFoundWithTheNumTokensOfTheirForward) {
   request.act_id = 4;
   request.num_tokens = 3;
   EXPECT_EQ(find_activation(session, request).error().code, ErrorCode::kNotFound);
-  Activation activation = of_bytes(8);
+  SavedActivation activation = of_bytes(8);
   activation.num_tokens = 3;
   session.activations.add(4, activation);
   EXPECT_EQ(find_activation(session, request).value(), session.activations.find(4));
@@ -77,10 +77,10 @@ TEST(ActivationsOwner, AreKeptWholeWithinTheBudgetThenWithoutGAndUThenNotAtAll) 
   Owners owners(false, 2 * input + gate_up);
   Rank& rank = owners.open();
   coproc::Session& session = owners.session(rank);
-  const Activation& whole = *owners.activations.keep(session, forward_head(owners, rank, 1)).value();
+  const SavedActivation& whole = *owners.activations.keep(session, forward_head(owners, rank, 1)).value();
   EXPECT_EQ(whole.bytes(), input + gate_up);
   session.answer_head(owners.accounting, {}, nullptr);
-  const Activation& without = *owners.activations.keep(session, forward_head(owners, rank, 2)).value();
+  const SavedActivation& without = *owners.activations.keep(session, forward_head(owners, rank, 2)).value();
   EXPECT_EQ(without.bytes(), input);
   session.answer_head(owners.accounting, {}, nullptr);
   const Error error = owners.activations.keep(session, forward_head(owners, rank, 3)).error();

@@ -278,7 +278,7 @@ void Oracle::fill(Rank& rank, const Host& host, std::uint32_t seed) {
   }
 }
 
-Bytes Oracle::forward(std::uint32_t layer, bool adapted, const Tokens& tokens, coproc::Activation* kept) {
+Bytes Oracle::forward(std::uint32_t layer, bool adapted, const Tokens& tokens, coproc::SavedActivation* kept) {
   Bytes y(tokens.x.size());
   coproc::ForwardItem item;
   item.x = tokens.x.data();
@@ -300,7 +300,7 @@ Bytes Oracle::forward(std::uint32_t layer, bool adapted, const Tokens& tokens, c
   return y;
 }
 
-std::vector<Oracle::Gradients> Oracle::backward(const std::vector<const coproc::Activation*>& kept,
+std::vector<Oracle::Gradients> Oracle::backward(const std::vector<const coproc::SavedActivation*>& kept,
                                                 const std::vector<Bytes>& dy, bool accumulate) {
   std::vector<Gradients> gradients(kept.size());
   std::vector<coproc::BackwardItem> items(kept.size());

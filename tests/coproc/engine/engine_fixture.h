@@ -118,13 +118,13 @@ class Oracle {
   coproc::WorkerPool& pool() { return pool_; }
   void fill(std::uint32_t seed);                                       // The adapter's parameters.
   static void fill(Rank& rank, const Host& host, std::uint32_t seed);  // The same, through WRITE.
-  Bytes forward(std::uint32_t layer, bool adapted, const Tokens& tokens, coproc::Activation* kept = nullptr);
+  Bytes forward(std::uint32_t layer, bool adapted, const Tokens& tokens, coproc::SavedActivation* kept = nullptr);
   struct Gradients {
     Bytes dx;
     Bytes dw;
   };
   // One batch: contributions enter S in the order of the items.
-  std::vector<Gradients> backward(const std::vector<const coproc::Activation*>& kept, const std::vector<Bytes>& dy,
+  std::vector<Gradients> backward(const std::vector<const coproc::SavedActivation*>& kept, const std::vector<Bytes>& dy,
                                   bool accumulate);
   void step(const StepArgs& args);
   double squared_norm();

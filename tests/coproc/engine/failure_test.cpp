@@ -157,7 +157,7 @@ TEST_P(Death, EndsTheJobWithRankDiedKeepsTheAdapterReadableAndSparesTheOtherJob)
   const Bytes dy = random_elements(host.shape(), 6 * 64, 4);
   for (auto* ranks : {&job, &other}) {
     Oracle& same = ranks == &job ? oracle : healthy;
-    coproc::Activation kept;
+    coproc::SavedActivation kept;
     EXPECT_EQ((*ranks)[0]->finish((*ranks)[0]->send_forward(2, kAdapter, 1, tokens)).rows,
               same.forward(2, true, tokens, &kept));
     EXPECT_EQ((*ranks)[0]->finish((*ranks)[0]->send_backward(1, dy, shm::kAccumulate)).rows,
@@ -190,7 +190,7 @@ TEST_P(Death, EndsTheJobWithRankDiedKeepsTheAdapterReadableAndSparesTheOtherJob)
   expect_same_adapter(*job[0], oracle, {TensorKind::kParam, TensorKind::kGrad, TensorKind::kExpAvg, TensorKind::kT});
 
   // The other job, from the same state, does the same bits as ever.
-  coproc::Activation kept;
+  coproc::SavedActivation kept;
   EXPECT_EQ(other[1]->finish(other[1]->send_forward(2, kAdapter, 2, tokens)).rows,
             healthy.forward(2, true, tokens, &kept));
   EXPECT_EQ(other[1]->finish(other[1]->send_backward(2, dy, shm::kAccumulate)).rows,

@@ -41,7 +41,7 @@ class Hostile : public ::testing::TestWithParam<Attack> {};
 void expect_healthy(Rank& rank, Oracle& oracle, std::uint32_t seed) {
   const Tokens tokens = random_tokens(rank.shape(), 7, seed);
   const Bytes dy = random_elements(rank.shape(), 7 * 64, seed + 1);
-  coproc::Activation kept;
+  coproc::SavedActivation kept;
   EXPECT_EQ(rank.finish(rank.send_forward(3, kAdapter, 1, tokens)).rows, oracle.forward(3, true, tokens, &kept));
   const Outcome outcome = rank.finish(rank.send_backward(1, dy, shm::kAccumulate));
   const auto expected = oracle.backward({&kept}, {dy}, true);

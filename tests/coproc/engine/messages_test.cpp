@@ -24,7 +24,7 @@ TEST(Messages, NameTheLayerOfARequestFromItsActivationIfItHasOne) {
   EXPECT_EQ(describe(session, request), "FORWARD of layer 3 with adapter 1 in step 5");
   request.verb = Verb::kBackward;
   request.act_id = 9;
-  coproc::Activation activation;
+  coproc::SavedActivation activation;
   activation.layer = 2;
   activation.adapter_id = 7;
   session.activations.add(9, activation);
@@ -45,7 +45,7 @@ TEST(Messages, HaveThreeLines) {
   Owners owners;
   coproc::Session& session = owners.session(owners.open());
   const shm::Request request;
-  const coproc::Activation activation;
+  const coproc::SavedActivation activation;
   const Error reason{ErrorCode::kInvalidArgument, "what", "why", "fix"};
   const Error errors[] = {protocol_error(session, request, "why"),
                           unknown_adapter(session, request),

@@ -11,7 +11,7 @@ namespace {
 constexpr std::uint8_t kAccumulate = shm::kAccumulate;
 
 struct MicroBatch {
-  std::map<std::uint32_t, coproc::Activation> kept;  // By layer.
+  std::map<std::uint32_t, coproc::SavedActivation> kept;  // By layer.
 };
 
 // Forward through all layers, checked against the oracle. act_id = first_act + layer.
@@ -108,7 +108,7 @@ TEST(Batches, FuseRanksWithoutChangingOneBitAndAddEveryContributionOnce) {
   oracle.fill(7);
   auto ranks = host.open_job(4, "job");
   std::vector<Ticket> tickets;
-  std::vector<coproc::Activation> kept(4);
+  std::vector<coproc::SavedActivation> kept(4);
   std::vector<Bytes> dy;
   {
     const Host::Pause pause(host);

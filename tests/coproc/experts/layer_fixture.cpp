@@ -207,7 +207,7 @@ std::vector<ItemResult> TestLayer::run(const std::vector<const Batch*>& batches,
   if (options.l2_bytes > 0) table.l2_bytes = options.l2_bytes;
   coproc::ExpertCompute compute(dims_, table, *weights_, pool);
   const auto gate_up_row = static_cast<std::size_t>(2 * dims_.intermediate_padded() * table_.element_bytes);
-  std::vector<coproc::Activation> activations(batches.size());
+  std::vector<coproc::SavedActivation> activations(batches.size());
   std::vector<coproc::ForwardItem> forward;
   std::vector<coproc::BackwardItem> backward;
   std::vector<Guarded> y;
@@ -230,7 +230,7 @@ std::vector<ItemResult> TestLayer::run(const std::vector<const Batch*>& batches,
   compute.forward(kWireLayer, adapter_.get(), forward);
   forward_traffic_ = compute.traffic();
   for (std::size_t n = 0; n < batches.size(); ++n) {
-    coproc::Activation& act = activations[n];
+    coproc::SavedActivation& act = activations[n];
     act.layer = kWireLayer;
     act.num_tokens = forward[n].num_tokens;
     act.x = batches[n]->x_elements;
